@@ -1,0 +1,175 @@
+"""Oracles judge panels; the ledger counts what they were asked.
+
+A **panel** is K finished samples shown together: one question. A **judgement** is one number per sample,
+NaN where there was no answer: a rating, 1 for the chosen and 0 for the rest, equal numbers for a tie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prefenv.errors import BudgetSpentError, ConfigError, NotDifferentiableError
+from prefenv.tasks import Task
+
+Answer = Literal["score", "choose", "best"]
+
+
+class Oracle:
+    """Base of all oracles; a subclass writes ``judge``.
+
+    Attributes:
+        panel_size: The only panel size it can judge; None = any.
+        differentiable: Whether judgements carry gradients to the samples.
+        nondeterministic: Whether the same panel may be judged differently twice.
+        threshold: A judgement of at least this is an acceptance.
+    """
+
+    panel_size: int | None = None
+    differentiable: bool = False
+    nondeterministic: bool = False
+    threshold: float = 0.5
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def judge(self, panels: Tensor) -> Tensor:
+        """Judge panels ``(m, K, *event_shape)``; returns ``(m, K)``, NaN = no answer."""
+        raise NotImplementedError
+
+
+class ScriptedOracle(Oracle):
+    """An oracle whose true value is a function, which evaluation may read and agents may not.
+
+    Args:
+        task: The task whose samples it judges.
+        answer: How it tells what it thinks: ``score`` = the value itself (a rating per sample); ``choose`` = 1
+            for every sample at or above the threshold, 0 for the rest; ``best`` = 1 for the best of the panel
+            (a pair is a panel of 2), equal best samples share it.
+    """
+
+    differentiable = True
+
+    def __init__(self, task: Task, answer: Answer = "score"):
+        super().__init__(task)
+        if answer not in _ANSWERS:
+            raise ConfigError(f"answer must be one of {', '.join(_ANSWERS)}, not {answer!r}")
+        self.answer = answer
+        self.differentiable = answer == "score"
+
+    def score(self, samples: Tensor) -> Tensor:
+        """The true value of each sample ``(n, *event_shape)``, ``(n,)``. For evaluation, not for agents."""
+        raise NotImplementedError
+
+    def judge(self, panels: Tensor) -> Tensor:
+        scores = self.score(panels.flatten(0, 1)).view(panels.shape[:2])
+        return _ANSWERS[self.answer](scores, self.threshold)
+
+
+_ANSWERS = {
+    "score": lambda s, threshold: s,
+    "choose": lambda s, threshold: (s >= threshold).to(s.dtype),
+    "best": lambda s, threshold: (s == s.amax(1, keepdim=True)).to(s.dtype),
+}
+
+
+@dataclass
+class Ledger:
+    """What an agent has spent. One *query* is one judged sample; one *panel* is one question.
+
+    Args:
+        max_queries: Budget of judged samples; None = no limit.
+        panels: Questions put to the oracle.
+        queries: Samples judged.
+        gradients: Samples whose reward gradient was asked.
+        nfe: Network evaluations, one per sample and step.
+        seconds: Seconds spent learning.
+    """
+
+    max_queries: int | None = None
+    panels: int = 0
+    queries: int = 0
+    gradients: int = 0
+    nfe: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.max_queries is not None and self.max_queries < 1:
+            raise ConfigError(
+                f"a budget of {self.max_queries} queries asks nothing; give at least 1"
+            )
+
+    @property
+    def left(self) -> float:
+        """Samples that may still be judged."""
+        return float("inf") if self.max_queries is None else self.max_queries - self.queries
+
+    def charge(self, panels: int, queries: int) -> None:
+        """Book questions before they are asked.
+
+        Raises:
+            BudgetSpentError: They would exceed the budget; nothing is booked.
+        """
+        if queries > self.left:
+            raise BudgetSpentError(
+                f"the budget of {self.max_queries} judged samples is spent: {self.queries} were judged, and "
+                f"{queries} more were asked; raise max_queries or stop earlier"
+            )
+        self.panels += panels
+        self.queries += queries
+
+    def counts(self) -> dict[str, float]:
+        """The counters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "max_queries"}
+
+
+class Desk:
+    """The only door to the oracle: every question passes it and is booked in the ledger.
+
+    Args:
+        oracle: Who answers.
+        ledger: Where it is booked.
+    """
+
+    def __init__(self, oracle: Oracle, ledger: Ledger):
+        self._oracle = oracle
+        self.ledger = ledger
+        self.threshold = oracle.threshold
+        self.differentiable = oracle.differentiable
+        self.nondeterministic = oracle.nondeterministic
+
+    @torch.no_grad()
+    def judge(self, panels: Tensor) -> Tensor:
+        """Ask about panels ``(m, K, *event_shape)``; returns float32 ``(m, K)``, NaN = no answer.
+
+        Raises:
+            BudgetSpentError: The budget does not cover them.
+            ConfigError: The oracle cannot judge panels of this size, or answered in another shape.
+        """
+        m, k = panels.shape[:2]
+        if self._oracle.panel_size not in (None, k):
+            raise ConfigError(f"this oracle judges panels of {self._oracle.panel_size}, not of {k}")
+        self.ledger.charge(m, m * k)
+        answer = torch.as_tensor(self._oracle.judge(panels), dtype=torch.float32)
+        if answer.shape != (m, k):
+            raise ConfigError(f"the oracle answered {tuple(answer.shape)}, expected {(m, k)}")
+        return answer.to(panels.device)
+
+    def gradient(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Judgements ``(n,)`` and their gradient ``(n, *event_shape)``, samples judged one by one.
+
+        Raises:
+            NotDifferentiableError: The oracle has no gradient.
+        """
+        if not self.differentiable:
+            raise NotDifferentiableError("this oracle gives no reward gradient")
+        self.ledger.charge(len(samples), len(samples))
+        self.ledger.gradients += len(samples)
+        with torch.enable_grad():
+            x = samples.detach().requires_grad_(True)
+            reward = self._oracle.judge(x[:, None])[:, 0]
+            (grad,) = torch.autograd.grad(reward.sum(), x)
+        return reward.detach(), grad

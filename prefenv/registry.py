@@ -1,0 +1,129 @@
+"""Names: the one place where ``prefenv`` reaches tasks, agents and oracles.
+
+Built-in names are the three tables below (one line each). Third-party packages add theirs by the entry-point
+groups ``prefenv.tasks``, ``prefenv.agents`` and ``prefenv.oracles``; a class can also be named directly as
+``module:Class``. Settings follow the name: ``s-curve:answer=choose,width=0.2``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from importlib import metadata
+from typing import Any
+
+from prefenv.errors import ConfigError, UnknownNameError
+
+TASKS = {
+    "shapes": "prefenv.tasks.shapes:Shapes",
+}
+AGENTS = {
+    "hil-dd": "agents.hil_dd:HilDD",
+    "pfm": "agents.pfm:PFM",
+    "d3po": "agents.d3po:D3PO",
+    "ppo": "agents.ppo:PPO",
+}
+ORACLES = {
+    "s-curve": "oracles.s_curve:SCurve",
+}
+_TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
+
+
+def names(kind: str) -> list[str]:
+    """All names of a kind (``task``, ``agent`` or ``oracle``), built in and plugged in."""
+    plugged = [e.name for e in metadata.entry_points(group=f"prefenv.{kind}s")]
+    return [*_TABLES[kind], *(n for n in plugged if n not in _TABLES[kind])]
+
+
+def lookup(kind: str, name: str) -> type:
+    """The class behind a name or a ``module:Class``.
+
+    Raises:
+        UnknownNameError: Nothing goes by this name; the message lists what does.
+    """
+    target = _TABLES[kind].get(name)
+    if target is None and ":" in name:
+        target = name
+    if target is None:
+        for entry in metadata.entry_points(group=f"prefenv.{kind}s", name=name):
+            return entry.load()
+        known = names(kind)
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}{hint}")
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownNameError(f"cannot load {kind} {name!r}: {error}") from error
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:key=value,key=value`` as a name and its settings.
+
+    A colon without ``=`` behind it belongs to a ``module:Class``.
+
+    Raises:
+        ConfigError: A setting is not of the form ``key=value``.
+    """
+    head, _, tail = text.rpartition(":")
+    if not head or "=" not in tail:
+        return text, {}
+    settings = {}
+    for part in tail.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ConfigError(f"cannot read {part!r} in {text!r}; write name:key=value,key=value")
+        try:
+            settings[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            settings[key.strip()] = value.strip()
+    return head, settings
+
+
+def make(kind: str, text: str, *args: Any, **extra: Any) -> Any:
+    """Build what a text names, with its settings.
+
+    Raises:
+        UnknownNameError: Unknown name.
+        ConfigError: Unknown or wrong settings.
+    """
+    name, settings = parse(text)
+    cls = lookup(kind, name)
+    try:
+        inspect.signature(cls).bind(*args, **extra, **settings)
+    except TypeError as error:
+        raise ConfigError(f"{kind} {name!r}: {error}") from None
+    return cls(*args, **extra, **settings)
+
+
+def make_task(name: str) -> Any:
+    """The task behind a name, with settings if the text has any."""
+    return make("task", name)
+
+
+def make_oracle(name: str, task: Any) -> Any:
+    """The oracle behind a name, for a task."""
+    return make("oracle", name, task)
+
+
+def make_agent(name: str, env: Any, **kwargs: Any) -> Any:
+    """The agent behind a name, on an environment.
+
+    Args:
+        name: Registered name or ``module:Class``, with settings of its ``Config``: ``ppo:clip_range=0.1``.
+        env: A ``FlowVectorEnv``.
+        kwargs: ``seed`` and whatever else the agent takes.
+    """
+    from dataclasses import replace
+
+    plain, settings = parse(name)
+    cls: Any = lookup("agent", plain)
+    config = kwargs.pop("config", None) or cls.Config()
+    try:
+        config = replace(config, **settings)
+    except TypeError as error:
+        raise ConfigError(f"agent {plain!r}: {error}") from None
+    return cls(env, config, **kwargs)
