@@ -27,3 +27,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A seeded generator on ``device``: same seed, same bits, on one device."""
     return torch.Generator(device=device).manual_seed(int(seed) % 2**63)
+
+
+def stratified_uniform(n: int, generator: torch.Generator) -> torch.Tensor:
+    """``n`` uniforms on [0, 1), one in each of ``n`` equal cells, in random order, on the generator's device.
+
+    Each is U(0, 1) on its own; together they cover the interval evenly, so a batch's mean has less variance.
+    """
+    cells = torch.randperm(n, generator=generator, device=generator.device)
+    return (cells + torch.rand(n, generator=generator, device=generator.device)) / n

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prefenv.tasks import Task
 
 RED, GREEN, BLUE, GREY = "#c8372d", "#2a9d5c", "#2f6fb3", "#8a8f98"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,7 +46,8 @@ def sheet(
     """A contact sheet: one row of samples for each of ``rows`` ``(n, *event_shape)``, in its colour."""
     columns = max(len(r) for r in rows)
     margin = 1.0 if labels else 0.0
-    figure = Figure(figsize=(margin + size * columns, size * len(rows)), layout="none")
+    figure = Figure(figsize=(margin + size * columns, size * len(rows)))
+    figure.set_layout_engine("none")
     width, left = size * columns / (margin + size * columns), margin / (margin + size * columns)
     for i, (row, color) in enumerate(zip(rows, colors, strict=True)):
         bottom = 1 - (i + 1) / len(rows)
@@ -57,9 +58,7 @@ def sheet(
             task.draw(axes, sample, color)
         if labels:
             y = bottom + 0.5 / len(rows)
-            figure.text(
-                left * 0.9, y, labels[i], ha="right", va="center", color=color, fontsize=10
-            )
+            figure.text(left * 0.9, y, labels[i], ha="right", va="center", color=color, fontsize=10)
     return figure
 
 
@@ -98,7 +97,9 @@ class Window:
         import matplotlib.pyplot as plt
 
         self._figure = plt.figure(figsize=(5, 5))
-        self._interactive = matplotlib.get_backend().lower() != "agg"
+        native = self._figure.canvas.required_interactive_framework is not None
+        web = ("nbagg", "webagg", "notebook", "widget", "ipympl")
+        self._interactive = native or plt.get_backend().lower().endswith(web)
 
     def draw(self, task: Task, samples: np.ndarray, color: str = RED) -> None:
         """Show samples ``(n, *event_shape)`` as a sheet."""

@@ -7,7 +7,7 @@ actions. ``collect`` plays one round and returns a ``Rollout``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,11 +63,12 @@ class FlowPolicy:
         return self._rows[i][2]
 
     def velocity(self, x: Tensor, i: int, condition: Tensor | None = None) -> Tensor:
-        """``v(x, t_i)`` without gradient; the time embedding is computed once per change of parameters."""
+        """``v(x, t_i)`` without gradient. A frozen flow's time embeddings are computed once and kept."""
         with torch.no_grad():
-            if condition is not None:
+            if condition is not None or any(p.requires_grad for p in self.flow.parameters()):
                 return self.flow.velocity(x, float(self.times[i]), condition)
-            key = (self.flow.device, sum(p._version for p in self.flow.parameters()))
+            # Frozen weights change only by load_state_dict, which bumps their versions.
+            key = (self.flow, self.flow.device, sum(p._version for p in self.flow.parameters()))
             if self._cache[0] != key:
                 times = self.times[:-1].to(self.flow.device, torch.float32)
                 self._cache = (key, self.flow.field.at(times))
@@ -83,7 +84,7 @@ class FlowPolicy:
     ) -> tuple[Tensor, Tensor | None]:
         """The next state and its log-probability ``(B,)`` (None for a deterministic step)."""
         v = self.velocity(x, i, condition)
-        a, b, std = self._rows[i]
+        _, b, std = self._rows[i]
         if deterministic or std == 0:
             return torch.add(x, v, alpha=1.0 / self.steps if deterministic else b), None
         mean = self.mean(x, v, i)
@@ -91,19 +92,28 @@ class FlowPolicy:
         action = torch.add(mean, noise, alpha=std)
         return action, gaussian_log_prob(action, mean, x.new_tensor(std))
 
+    def gaussian(
+        self, x: Tensor, index: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means ``(B, *event_shape)`` and stds of steps ``index`` ``(B,)`` from ``x``, for training.
+
+        The mean carries gradients to the parameters; it is the same function that ``act`` draws from.
+        """
+        v = self.flow.velocity(x, self.times.to(x)[index], condition)
+        shape = (-1, *[1] * (x.dim() - 1))
+        a, b, std = (c.to(x)[index].view(shape) for c in self.table)
+        return a * x + b * v, std
+
     def log_prob(
         self,
         x: Tensor,
-        i: int,
+        index: Tensor,
         x_next: Tensor,
         condition: Tensor | None = None,
         reduction: Reduction = "sum",
     ) -> Tensor:
-        """Log-probability ``(B,)`` of step ``i`` from ``x`` to ``x_next``, with gradient to the parameters."""
-        v = self.flow.velocity(x, float(self.times[i]), condition)
-        return gaussian_log_prob(
-            x_next, self.mean(x, v, i), x.new_tensor(self._rows[i][2]), reduction
-        )
+        """Log-probability ``(B,)`` of steps ``index`` ``(B,)`` from ``x`` to ``x_next``, with gradient."""
+        return gaussian_log_prob(x_next, *self.gaussian(x, index, condition), reduction)
 
     def predict(
         self,
@@ -146,6 +156,16 @@ class FlowPolicy:
         return x
 
 
+class Transitions(NamedTuple):
+    """Steps of a rollout as one batch of N: states, next states, step index, log-probability, row."""
+
+    x: Tensor
+    x_next: Tensor
+    index: Tensor
+    log_prob: Tensor
+    row: Tensor
+
+
 @dataclass
 class Rollout:
     """One round: every row is one sample, ``panel_size`` rows in a row are one panel.
@@ -175,6 +195,18 @@ class Rollout:
     def samples(self) -> Tensor:
         """Finished samples, ``(B, *event_shape)``."""
         return self.path[-1]
+
+    def transitions(self, steps: list[int]) -> Transitions:
+        """The given steps of all rows as one flat batch, step by step."""
+        index = torch.tensor(steps, device=self.path.device)
+        rows = self.path.shape[1]
+        return Transitions(
+            self.path[index].flatten(0, 1),
+            self.path[index + 1].flatten(0, 1),
+            index.repeat_interleave(rows),
+            self.log_prob[index].flatten(),
+            torch.arange(rows, device=index.device).repeat(len(steps)),
+        )
 
     def panels(self, values: Tensor) -> Tensor:
         """Rows ``(B, ...)`` grouped as panels ``(m, K, ...)``."""

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from prefenv.checkpoints import save_checkpoint, write_atomic
-from prefenv.device import make_generator, resolve_device
+from prefenv.device import make_generator, resolve_device, stratified_uniform
 from prefenv.errors import ConfigError, NonFiniteError
 from prefenv.flow import RectifiedFlow
 from prefenv.policy import FlowPolicy
@@ -62,7 +62,8 @@ def train_reference(
         torch.manual_seed(seed)
         flow = RectifiedFlow(task.network()).to(where)
     average = flow.frozen()
-    weights, averages = list(flow.parameters()), list(average.parameters())
+    weights: list[torch.Tensor] = list(flow.parameters())
+    averages: list[torch.Tensor] = list(average.parameters())
     optimizer = torch.optim.AdamW(
         weights, lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -70,10 +71,12 @@ def train_reference(
         optimizer, config.lr, total_steps=config.iterations
     )
     began, smooth = time.perf_counter(), float("nan")
-    bar = tqdm(range(config.iterations), desc=f"train {task.name}", disable=not progress)
+    bar = tqdm(range(config.iterations), desc=f"train {task.name}", disable=None if progress else True)
     for i in bar:
         x, _ = task.data(config.batch, data_rng)
-        loss = flow.loss(x.to(where), generator=rng)
+        x1 = x.to(where)
+        x0 = torch.randn(x1.shape, generator=rng, device=where)
+        loss = flow.residual(x0, x1, stratified_uniform(len(x1), rng)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.clip)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefenv.device import stratified_uniform
 from prefenv.tasks.base import Task
 
 ROLL, S_CURVE = 0, 1
@@ -63,7 +64,7 @@ class Shapes(Task):
     Args:
         points: Points of a curve.
         s_rate: Share of S curves in the data.
-        noise: Standard deviation of the point noise, before nothing else is scaled.
+        noise: Standard deviation of the point noise per coordinate.
         turn: Largest rotation in rad.
         scale: Smallest and largest scale.
     """
@@ -82,7 +83,7 @@ class Shapes(Task):
         return (self.points, 2)
 
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        kind = (torch.rand(n, generator=generator) < self.s_rate).long()
+        kind = (stratified_uniform(n, generator) < self.s_rate).long()
         curves = torch.stack([template(k, self.points) for k in (ROLL, S_CURVE)]).float()
         angle = (torch.rand(n, generator=generator) * 2 - 1) * self.turn
         low, high = self.scale

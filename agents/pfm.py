@@ -1,0 +1,198 @@
+"""``pfm``: preference flow matching, a second flow that carries what was rejected to what was preferred.
+
+    L = E_{t ~ U, (y-, y+) ~ D} | v(y_t, t) - (y+ - y-) |^2,   y_t = (1 - t) y- + t y+ + sigma eps
+    sample:  y ~ pi_ref (untouched),  dy = v(y, t) dt  from 0 to 1
+
+Kim et al. 2024, Algorithm 1 (arXiv 2405.20234). Pairs keep the order (rejected, preferred): the public code's
+loaders hand them over the other way round, which flows from preferred to rejected.
+
+Inference starts from ``pi_ref``, but Algorithm 1 trains from the rejected ``p0``: what is good already was never
+a source, and is carried away (the paper's distribution mismatch). ``source="reference"`` trains from what
+inference starts from. ``applications`` re-applies the trained flow; ``iterate`` freezes it after so many rounds,
+samples from the composed generator, asks again, and trains the next flow (the paper's iterative PFM).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from agents.d3po import preferred_pairs
+from prefenv.agent import Agent, Metrics, Requires
+from prefenv.device import stratified_uniform
+from prefenv.errors import ConfigError
+from prefenv.flow import RectifiedFlow
+from prefenv.kernels import Kernel
+from prefenv.policy import FlowPolicy, Rollout
+
+
+def pfm_point(
+    source: Tensor, target: Tensor, t: Tensor, sigma: float, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``y_t`` and the velocity to be learned there, ``y+ - y-``; ``t`` is ``(B,)``."""
+    s = t.view(-1, *[1] * (source.dim() - 1))
+    return (1 - s) * source + s * target + sigma * eps, target - source
+
+
+def pfm_loss(velocity: Tensor, target: Tensor) -> Tensor:
+    """``|v - u|^2`` averaged over everything but the rows, ``(B,)``."""
+    return (velocity - target).square().flatten(1).mean(1)
+
+
+def transport_pairs(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The two batches ``(B, ...)`` re-paired at the least total squared distance (every row once)."""
+    cost = torch.cdist(source.flatten(1), target.flatten(1)).square()
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    return source[torch.as_tensor(rows)], target[torch.as_tensor(columns)]
+
+
+class Refined(FlowPolicy):
+    """The reference's ODE whose last step also passes the preference flows: one policy for the env."""
+
+    def __init__(self, reference: RectifiedFlow, flows: list[RectifiedFlow], steps: int):
+        super().__init__(reference, Kernel("ode"), steps)
+        self.then = [FlowPolicy(f, Kernel("ode"), steps) for f in flows]
+
+    def act(
+        self, x: Tensor, i: int, condition: Tensor | None = None, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        action, log_prob = super().act(x, i, condition, deterministic)
+        if i == self.steps - 1:
+            for policy in self.then:
+                action = policy.sample(action, condition)
+        return action, log_prob
+
+
+class PFM(Agent):
+    """Preference flow matching on top of the untouched reference."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Settings of ``pfm``.
+
+        Args:
+            source: Where the flow starts in training: ``reference`` = any sample of the generator, ``rejected`` =
+                the rejected sample of each pair (Algorithm 1).
+            coupling: ``pair`` = the two of one panel (Algorithm 1); ``pool`` = sources and preferred samples of all
+                panels, drawn independently; ``ot`` = the same, matched in each batch by optimal transport (as the
+                public code does). The last two are right only where there is no condition.
+            sigma: Noise on the path (the public code's 0.1).
+            tie: Judgements that differ by no more than this are a tie and make no pair.
+            margin: A pair's preferred sample must be judged at least the oracle's threshold.
+            lr: AdamW's learning rate.
+            updates: Gradient steps per round.
+            batch: Pairs per gradient step.
+            applications: Times the trained flow is applied at inference.
+            iterate: Rounds after which the flow is frozen, resampled from and asked about anew; 0 = never.
+            warm_start: Start the flow from the reference's weights instead of fresh ones.
+        """
+
+        source: Literal["reference", "rejected"] = "rejected"
+        coupling: Literal["pair", "pool", "ot"] = "ot"
+        sigma: float = 0.0
+        tie: float = 0.05
+        margin: bool = True
+        lr: float = 3e-4
+        updates: int = 30
+        batch: int = 128
+        applications: int = 1
+        iterate: int = 0
+        warm_start: bool = True
+
+    name: ClassVar[str] = "pfm"
+    requires: ClassVar[Requires] = Requires(panel_size=2)
+    persistent: ClassVar[tuple[str, ...]] = ("model", "optimizer", "frozen_flows", "pool")
+
+    def build(self) -> None:
+        if self.config.applications < 1:
+            raise ConfigError(f"pfm: applications must be at least 1, not {self.config.applications}")
+        self.frozen_flows: list[dict[str, Tensor]] = []
+        self.fresh()
+
+    def fresh(self) -> None:
+        """Start the next preference flow, with no pairs."""
+        network = self.env.task.network().to(self.device)
+        if self.config.warm_start:
+            network.load_state_dict(self.reference.field.state_dict())
+        self.model = RectifiedFlow(network)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.config.lr, fused=True)
+        empty = torch.empty(0, *self.env.task.event_shape, device=self.device)
+        self.pool: dict[str, Any] = {"source": empty, "target": empty}
+
+    def chain(self) -> list[RectifiedFlow]:
+        """Reference, then every frozen flow, then the one in training, each ``applications`` times."""
+        flows = [self._thaw(state) for state in self.frozen_flows]
+        if len(self.pool["target"]):
+            flows.append(self.model)
+        return [self.reference, *(f for f in flows for _ in range(self.config.applications))]
+
+    def _thaw(self, state: dict[str, Tensor]) -> RectifiedFlow:
+        flow = RectifiedFlow(self.env.task.network())
+        flow.load_state_dict(state)
+        return flow.frozen().to(self.device)
+
+    def behaviour(self) -> FlowPolicy:
+        """The generator before the flow in training: the reference, or the last iteration's."""
+        flows = [self._thaw(state) for state in self.frozen_flows]
+        repeated = [f for f in flows for _ in range(self.config.applications)]
+        return Refined(self.reference, repeated, self.env.steps)
+
+    def update(self, rollout: Rollout) -> Metrics:
+        cfg, samples = self.config, rollout.samples
+        winner, loser = preferred_pairs(rollout.panels(rollout.judgement), cfg.tie)
+        if cfg.margin:
+            good = rollout.judgement[winner] >= self.env.desk.threshold
+            winner, loser = winner[good], loser[good]
+        if cfg.coupling != "pair":
+            target = samples[winner.unique()]
+            source = samples if cfg.source == "reference" else samples[loser.unique()]
+        else:
+            target = samples[winner]
+            source = samples[loser]
+            if cfg.source == "reference":
+                source = samples[torch.randint(
+                    len(samples), (len(winner),), generator=self.generator, device=self.device
+                )]
+        self.pool = {
+            "source": torch.cat([self.pool["source"], source]),
+            "target": torch.cat([self.pool["target"], target]),
+        }
+        metrics = {"pairs": float(len(winner)), "loss": self.fit()}
+        if cfg.iterate and (self.rounds + 1) % cfg.iterate == 0 and len(self.pool["target"]):
+            self.frozen_flows.append({k: v.clone() for k, v in self.model.state_dict().items()})
+            self.fresh()
+        return metrics
+
+    def fit(self) -> float:
+        """``updates`` gradient steps on all pairs so far; returns the mean loss."""
+        cfg, sources, targets = self.config, self.pool["source"], self.pool["target"]
+        if not len(targets) or not len(sources):
+            return 0.0
+        total = 0.0
+        for _ in range(cfg.updates):
+            i = torch.randint(
+                len(targets), (cfg.batch,), generator=self.generator, device=self.device
+            )
+            j = i
+            if cfg.coupling != "pair":
+                j = torch.randint(
+                    len(sources), (cfg.batch,), generator=self.generator, device=self.device
+                )
+            y0, y1 = sources[j], targets[i]
+            if cfg.coupling == "ot":
+                y0, y1 = transport_pairs(y0, y1)
+            eps = torch.randn(y0.shape, generator=self.generator, device=self.device)
+            t = stratified_uniform(cfg.batch, self.generator)
+            y_t, u = pfm_point(y0, y1, t, cfg.sigma, eps)
+            loss = pfm_loss(self.model.velocity(y_t, t), u).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            total += float(loss.detach())
+        self.env.ledger.nfe += cfg.updates * cfg.batch
+        return total / cfg.updates

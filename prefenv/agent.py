@@ -1,0 +1,301 @@
+"""Agents: what moves model A toward what the oracle prefers.
+
+``Agent.learn`` owns the loop: collect a round, let the oracle judge it, ``update``, call back. A new agent is
+one file: a dataclass ``Config``, what it ``requires``, and ``update(rollout)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prefenv.checkpoints import write_atomic
+from prefenv.device import make_generator
+from prefenv.envs import FlowVectorEnv
+from prefenv.errors import CheckpointError, ConfigError, NonFiniteError
+from prefenv.flow import RectifiedFlow
+from prefenv.kernels import Kernel
+from prefenv.packing import pack, unpack
+from prefenv.policy import FlowPolicy, Rollout, collect
+
+Metrics = dict[str, float]
+Callback = Callable[["Agent", Metrics], Any]
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What an agent needs of its environment.
+
+    Args:
+        panel_size: Fewest samples of a panel it can learn from.
+        gradient: Whether it asks for reward gradients.
+        log_prob: Whether it needs stochastic steps.
+    """
+
+    panel_size: int = 1
+    gradient: bool = False
+    log_prob: bool = False
+
+
+class Agent:
+    """Base of all agents.
+
+    A subclass defines ``Config`` and ``update``; it may also override ``chain`` (the flows that carry noise
+    to a sample, by default the trained copy of the reference alone), ``kernel`` and ``behaviour``.
+
+    Args:
+        env: A ``FlowVectorEnv`` with ``control="state"``, as ``gym.make_vec`` makes it.
+        config: The agent's settings; None = its defaults.
+        seed: Seed of everything random in the agent; the env's noises are seeded from it too.
+
+    Attributes:
+        name: Its name in the registry.
+        requires: What it needs of the environment.
+        rows: Samples of one round, where nobody says otherwise.
+        persistent: Names of the attributes that hold what it has learned.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """No settings."""
+
+    name: ClassVar[str] = "agent"
+    requires: ClassVar[Requires] = Requires()
+    rows: ClassVar[int] = 128
+    persistent: ClassVar[tuple[str, ...]] = ("model", "optimizer")
+
+    def __init__(self, env: Any, config: Any = None, *, seed: int = 0):
+        self.env: FlowVectorEnv = getattr(env, "unwrapped", env)
+        self.config: Any = config or self.Config()
+        self.seed = seed
+        self._check()
+        self.device = self.env.device
+        self.reference: RectifiedFlow = self.env.reference.flow
+        self.generator = make_generator(seed, self.device)
+        self.model: Any = self.reference.clone().requires_grad_(True).train()
+        self.optimizer: Any = None
+        self.rounds = 0
+        self.env.reset(seed=seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.build()
+        self.policy = FlowPolicy(self.model, self.kernel(), self.env.steps, self.generator)
+
+    def _check(self) -> None:
+        if not isinstance(self.env, FlowVectorEnv):
+            raise ConfigError(
+                f"agents learn in a FlowVectorEnv (gym.make_vec), not in {type(self.env).__name__}"
+            )
+        if self.env.control != "state":
+            raise ConfigError(f"{self.name} acts on states: make the env with control='state'")
+        if self.env.panel_size < self.requires.panel_size:
+            raise ConfigError(
+                f"{self.name} learns from panels of at least {self.requires.panel_size}, "
+                f"not of {self.env.panel_size}: raise panel_size"
+            )
+        if self.requires.gradient and not self.env.desk.differentiable:
+            raise ConfigError(f"{self.name} needs an oracle with a reward gradient")
+        if self.requires.log_prob and self.kernel().name == "ode":
+            raise ConfigError(f"{self.name} needs a stochastic kernel")
+
+    # What a subclass writes.
+
+    def kernel(self) -> Kernel:
+        """The kernel it samples with; by default its ``Config``'s, else the env's."""
+        return getattr(self.config, "kernel", None) or self.env.reference.kernel
+
+    def build(self) -> None:
+        """Make what it trains besides ``model`` (seeded); by default nothing."""
+
+    def behaviour(self) -> FlowPolicy:
+        """The policy that makes the next round's samples: by default the model's own."""
+        return self.policy
+
+    def update(self, rollout: Rollout) -> Metrics:
+        """Learn from one judged round; returns what should be logged."""
+        raise NotImplementedError
+
+    def chain(self) -> list[RectifiedFlow]:
+        """The flows that carry noise to a sample of model B, one after the other."""
+        return [self.model]
+
+    # What they all have.
+
+    def drift(self, rollout: Rollout, n: int) -> Tensor:
+        """Mean squared change of the velocity against the reference, a scalar with gradient.
+
+        Taken at ``n`` random states of the rollout's deterministic steps, where a Gaussian KL would be infinite:
+        it keeps the end of the path, which no log-probability reaches, as the reference has it.
+        """
+        flat = rollout.path[:-1].flatten(0, 1)
+        free = [i for i in range(self.env.steps) if self.policy.std(i) == 0]
+        if not free:
+            return flat.new_zeros(())
+        rows = rollout.path.shape[1]
+        pick = torch.randint(len(free) * rows, (n,), generator=self.generator, device=self.device)
+        index = torch.tensor(free, device=self.device)[pick // rows]
+        x, t = flat[index * rows + pick % rows], index.to(flat.dtype) / self.env.steps
+        self.env.ledger.nfe += 2 * n
+        with torch.no_grad():
+            target = self.reference.velocity(x, t)
+        return (self.model.velocity(x, t) - target).square().mean()
+
+    def learn(
+        self,
+        total_queries: int,
+        *,
+        progress_bar: bool = False,
+        callback: Callback | None = None,
+    ) -> Agent:
+        """Learn from ``total_queries`` more judged samples, in rounds of ``env.num_envs``.
+
+        Args:
+            total_queries: Judged samples to spend; what does not fill a round is left unspent.
+            progress_bar: Show a bar on stderr.
+            callback: Called with the agent and the round's metrics after every round; False stops.
+
+        Raises:
+            ConfigError: The budget does not cover one round.
+            NonFiniteError: A metric became NaN or infinite.
+            BudgetSpentError: The env's own ``max_queries`` is spent.
+        """
+        ledger, rows = self.env.ledger, self.env.num_envs
+        if total_queries < rows:
+            raise ConfigError(
+                f"{total_queries} queries do not fill one round of {rows} samples; "
+                "give more queries or a smaller num_envs"
+            )
+        stop = ledger.queries + total_queries
+        bar = tqdm(
+            total=total_queries,
+            desc=self.name,
+            unit="query",
+            disable=None if progress_bar else True,
+        )
+        with bar:
+            while ledger.queries + rows <= stop:
+                began, before = time.perf_counter(), ledger.queries
+                rollout = collect(self.env, self.behaviour())
+                metrics = self.update(rollout)
+                ledger.seconds += time.perf_counter() - began
+                self.rounds += 1
+                judged = rollout.judgement[~rollout.judgement.isnan()]
+                mean = float(judged.mean()) if len(judged) else 0.0
+                metrics = {"judgement": mean, **metrics}
+                for key, value in metrics.items():
+                    if not abs(value) < float("inf"):
+                        raise NonFiniteError(f"{self.name}: {key} became {value}; lower lr")
+                bar.update(ledger.queries - before)
+                bar.set_postfix(judgement=f"{mean:.3f}")
+                if callback is not None and callback(self, metrics) is False:
+                    break
+        return self
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Samples of model B from noises ``(n, *event_shape)``: deterministic in the noise."""
+        x = noise.to(self.device)
+        for flow in self.chain():
+            x = FlowPolicy(flow, steps=self.env.steps).sample(x)
+        return x
+
+    def predict(
+        self, observation: dict[str, Any], state: Any = None, deterministic: bool = True
+    ) -> tuple[Any, Any]:
+        """As in Stable-Baselines3: the model's action in the env."""
+        return self.policy.predict(observation, state, deterministic=deterministic)
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on exactly from here, as a tree of tensors and JSON values."""
+        return {
+            "agent": self.name,
+            "config": dataclasses.asdict(self.config),
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "generators": [self.generator.get_state(), self.env._generator.get_state()],
+            "ledger": self.env.ledger.counts(),
+            "parts": {name: _get(getattr(self, name)) for name in self.persistent},
+        }
+
+    def restore(self, state: dict[str, Any]) -> Agent:
+        """Go on from a ``state``.
+
+        Raises:
+            CheckpointError: It is another agent's, or was made with other settings.
+        """
+        if state.get("agent") != self.name:
+            raise CheckpointError(f"this is the state of {state.get('agent')!r}, not {self.name!r}")
+        if state["config"] != _plain(dataclasses.asdict(self.config)):
+            raise CheckpointError(f"this state of {self.name} was made with other settings")
+        self.rounds = state["rounds"]
+        self.generator.set_state(state["generators"][0])
+        self.env._generator.set_state(state["generators"][1])
+        for key, value in state["ledger"].items():
+            setattr(self.env.ledger, key, value)
+        for name, value in state["parts"].items():
+            setattr(self, name, _set(getattr(self, name), value, self.device))
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the agent as a zip of safetensors and JSON (never pickle), whole or not at all."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("state.safetensors", pack(self.state()))
+        write_atomic(Path(path), buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path, env: Any) -> Agent:
+        """An agent as it was saved, in an env of the same task.
+
+        Raises:
+            CheckpointError: The file is missing, broken or another agent's.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    inner = Path(archive.extract("state.safetensors", folder))
+            except (OSError, KeyError, zipfile.BadZipFile) as error:
+                raise CheckpointError(f"{path} is no saved agent ({error})") from None
+            state = unpack(inner)
+        if state.get("agent") != cls.name:
+            raise CheckpointError(f"{path} holds {state.get('agent')!r}, not {cls.name!r}")
+        return cls(env, _config(cls.Config, state["config"]), seed=state["seed"]).restore(state)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _config(cls: Any, values: dict[str, Any]) -> Any:
+    """A ``Config`` from plain values; a nested kernel is a dict."""
+    fields = dict(values)
+    if isinstance(kernel := fields.get("kernel"), dict):
+        fields["kernel"] = Kernel(kernel["name"], kernel["level"], tuple(kernel["window"]))
+    return cls(**fields)
+
+
+def _get(part: Any) -> Any:
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+def _set(part: Any, value: Any, device: torch.device) -> Any:
+    if hasattr(part, "load_state_dict"):
+        part.load_state_dict(value)
+        return part
+    return value.to(device) if isinstance(value, Tensor) else value
