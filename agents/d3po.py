@@ -6,8 +6,8 @@
 Yang et al. 2023 (D3PO, arXiv 2311.13231). The public code clamps both ratios to ``[1 - eps, 1 + eps]`` on both
 sides (``clamp="two-sided"``): its gradient is zero outside the band even where the ratio moved the wrong way.
 The default here is one-sided: a winner that has risen enough and a loser that has fallen enough rest, anything
-on its way back is still pulled. Log-probabilities are summed over dimensions; with ``reduction="mean"`` beta is
-multiplied by D and the band's width divided by it.
+on its way back is still pulled. The paper averages log-probabilities over the D dimensions, so its band belongs
+to the D-th root of the ratio; here they are summed, and the band of the summed log-ratio is D times as wide.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefenv.agent import Agent, Metrics, Requires
-from prefenv.kernels import Kernel, Reduction
+from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
 
 Clamp = Literal["one-sided", "two-sided", "none"]
 
 
 def d3po_loss(
-    log_ratio_w: Tensor, log_ratio_l: Tensor, beta: float, eps: float, clamp: Clamp = "one-sided"
+    log_ratio_w: Tensor,
+    log_ratio_l: Tensor,
+    beta: float,
+    eps: float,
+    clamp: Clamp = "one-sided",
+    dim: int = 1,
 ) -> Tensor:
     """The pairwise loss of each pair and step, ``(N,)``.
 
@@ -38,8 +43,9 @@ def d3po_loss(
         beta: Temperature.
         eps: Half width of the ratio's band.
         clamp: ``one-sided``, ``two-sided`` (as the public code) or ``none``.
+        dim: Dimensions that the log-ratios are summed over; the band belongs to one of them.
     """
-    low, high = math.log(1 - eps), math.log(1 + eps)
+    low, high = dim * math.log(1 - eps), dim * math.log(1 + eps)
     if clamp == "one-sided":
         log_ratio_w, log_ratio_l = log_ratio_w.clamp(max=high), log_ratio_l.clamp(min=low)
     elif clamp == "two-sided":
@@ -73,27 +79,25 @@ class D3PO(Agent):
         Args:
             lr: Adam's learning rate.
             beta: Temperature of the preference, for summed log-probabilities.
-            eps: Half width of the ratio's band.
+            eps: Half width of the band of the ratio's D-th root (the paper's 0.1).
             clamp: ``one-sided``, ``two-sided`` or ``none``.
             anchor: Weight of the velocity's drift from the reference on the deterministic steps.
             tie: Judgements that differ by no more than this are a tie and teach nothing.
             epochs: Passes over each round.
             minibatches: Optimiser steps per pass.
             max_grad_norm: Largest gradient norm.
-            reduction: ``sum`` or ``mean`` of the log-probability over dimensions.
             kernel: The stochastic step; by default only the first 5 of 16 steps are stochastic.
         """
 
-        lr: float = 3e-4
-        beta: float = 0.2
-        eps: float = 0.9
+        lr: float = 5e-4
+        beta: float = 0.1
+        eps: float = 0.1
         clamp: Clamp = "one-sided"
         anchor: float = 1.0
         tie: float = 0.05
         epochs: int = 1
         minibatches: int = 2
         max_grad_norm: float = 1.0
-        reduction: Reduction = "sum"
         kernel: Kernel = Kernel("flow-sde", 0.7, (0.0, 0.3125))
 
     name: ClassVar[str] = "d3po"
@@ -109,11 +113,9 @@ class D3PO(Agent):
         batch, rows = rollout.transitions(steps), rollout.path.shape[1]
         if len(winner) == 0:
             return {"loss": 0.0, "pairs": 0.0, "accuracy": 0.0}
-        scale = rollout.noise[0].numel() if cfg.reduction == "mean" else 1
+        dim = rollout.noise[0].numel()
         with torch.no_grad():
-            reference = self.frozen.log_prob(
-                batch.x, batch.index, batch.x_next, None, cfg.reduction
-            )
+            reference = self.frozen.log_prob(batch.x, batch.index, batch.x_next)
         self.env.ledger.nfe += len(batch.x)
         losses, right = [], []
         for _ in range(cfg.epochs):
@@ -122,13 +124,15 @@ class D3PO(Agent):
             for part in order.chunk(cfg.minibatches):
                 w, l = winner[part], loser[part]
                 used, place = torch.cat([w, l]).unique(return_inverse=True)
-                pick = (torch.arange(len(steps), device=self.device)[:, None] * rows + used).flatten()
+                pick = (
+                    torch.arange(len(steps), device=self.device)[:, None] * rows + used
+                ).flatten()
                 log_prob = self.policy.log_prob(
-                    batch.x[pick], batch.index[pick], batch.x_next[pick], None, cfg.reduction
+                    batch.x[pick], batch.index[pick], batch.x_next[pick]
                 )
-                ratio = (log_prob - reference[pick]).view(len(steps), len(used)) * scale
+                ratio = (log_prob - reference[pick]).view(len(steps), len(used))
                 ratio_w, ratio_l = ratio[:, place[: len(w)]], ratio[:, place[len(w) :]]
-                loss = d3po_loss(ratio_w, ratio_l, cfg.beta, cfg.eps, cfg.clamp).mean()
+                loss = d3po_loss(ratio_w, ratio_l, cfg.beta, cfg.eps, cfg.clamp, dim).mean()
                 if cfg.anchor:
                     loss = loss + cfg.anchor * self.drift(rollout, len(pick))
                 self.optimizer.zero_grad()

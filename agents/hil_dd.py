@@ -69,8 +69,8 @@ class HilDD(Agent):
             data_weight: Weight of the flow loss; the toy takes 1.
         """
 
-        lr: float = 1e-4
-        updates: int = 15
+        lr: float = 2e-4
+        updates: int = 8
         times: int = 10
         horizon: float = 0.2
         temperature: float = 1.0
@@ -79,10 +79,10 @@ class HilDD(Agent):
 
     name: ClassVar[str] = "hil-dd"
     requires: ClassVar[Requires] = Requires(panel_size=2)
-    
+
     def build(self) -> None:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)
-        self.data_generator = make_generator(self.seed)
+        self.data_generator = make_generator(self.seed, stream="data")
 
     persistent: ClassVar[tuple[str, ...]] = ("model", "optimizer", "data_generator")
 
@@ -129,4 +129,8 @@ class HilDD(Agent):
         for p, a, b in zip(parameters, grad_f, grad_g, strict=True):
             p.grad = a + weight * b
         self.optimizer.step()
-        return {"flow_loss": float(f.detach()), "preference_loss": float(g.detach()), "barrier": float(weight)}
+        return {
+            "flow_loss": float(f.detach()),
+            "preference_loss": float(g.detach()),
+            "barrier": float(weight),
+        }

@@ -77,9 +77,9 @@ class PFM(Agent):
         Args:
             source: Where the flow starts in training: ``reference`` = any sample of the generator, ``rejected`` =
                 the rejected sample of each pair (Algorithm 1).
-            coupling: ``pair`` = the two of one panel (Algorithm 1); ``pool`` = sources and preferred samples of all
-                panels, drawn independently; ``ot`` = the same, matched in each batch by optimal transport (as the
-                public code does). The last two are right only where there is no condition.
+            coupling: ``pair`` = the two of one panel (Algorithm 1); ``pool`` = sources and preferred samples of
+                all panels, drawn independently; ``ot`` = the same, matched in each batch by optimal transport, as
+                the public code does. The last two are right only where there is no condition.
             sigma: Noise on the path (the public code's 0.1).
             tie: Judgements that differ by no more than this are a tie and make no pair.
             margin: A pair's preferred sample must be judged at least the oracle's threshold.
@@ -109,7 +109,9 @@ class PFM(Agent):
 
     def build(self) -> None:
         if self.config.applications < 1:
-            raise ConfigError(f"pfm: applications must be at least 1, not {self.config.applications}")
+            raise ConfigError(
+                f"pfm: applications must be at least 1, not {self.config.applications}"
+            )
         self.frozen_flows: list[dict[str, Tensor]] = []
         self.fresh()
 
@@ -154,9 +156,11 @@ class PFM(Agent):
             target = samples[winner]
             source = samples[loser]
             if cfg.source == "reference":
-                source = samples[torch.randint(
-                    len(samples), (len(winner),), generator=self.generator, device=self.device
-                )]
+                source = samples[
+                    torch.randint(
+                        len(samples), (len(winner),), generator=self.generator, device=self.device
+                    )
+                ]
         self.pool = {
             "source": torch.cat([self.pool["source"], source]),
             "target": torch.cat([self.pool["target"], target]),

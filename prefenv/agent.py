@@ -295,7 +295,18 @@ def _get(part: Any) -> Any:
 
 
 def _set(part: Any, value: Any, device: torch.device) -> Any:
+    if isinstance(part, torch.Generator):
+        part.set_state(value)
+        return part
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(value)
         return part
+    return _to(value, device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
     return value.to(device) if isinstance(value, Tensor) else value

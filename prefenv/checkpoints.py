@@ -109,7 +109,11 @@ def load_checkpoint(path: Path | str | None, task: Task) -> Checkpoint:
         )
     flow = RectifiedFlow(task.network())
     load_tensors(flow, tensors, path)
-    return Checkpoint(flow.frozen(), json.loads(header.get("card", "{}")))
+    try:
+        card = json.loads(header.get("card", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its card cannot be read ({error})") from None
+    return Checkpoint(flow.frozen(), card)
 
 
 def load_tensors(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
 from prefenv.errors import ConfigError
@@ -24,9 +26,15 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return found
 
 
-def make_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A seeded generator on ``device``: same seed, same bits, on one device."""
-    return torch.Generator(device=device).manual_seed(int(seed) % 2**63)
+def make_generator(
+    seed: int, device: torch.device | str = "cpu", stream: str = ""
+) -> torch.Generator:
+    """A seeded generator on ``device``: same seed and stream, same bits, on one device.
+
+    Streams of one seed are independent of each other, and of ``torch.manual_seed`` with that seed.
+    """
+    digest = hashlib.sha256(f"prefenv/{stream}/{int(seed)}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def stratified_uniform(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -23,9 +23,6 @@ from prefenv.oracle import ScriptedOracle
 from prefenv.policy import FlowPolicy
 from prefenv.tasks import Task
 
-# Seeds of the evaluation's noises: the same for every agent and every run, and used nowhere else.
-_REFERENCE_SEED, _MODEL_SEED, _KL_SEED = 910_001, 910_002, 910_003
-
 
 class Generator(Protocol):
     """What can be evaluated: noises to samples, and the flows that do it."""
@@ -121,7 +118,7 @@ def kl_divergence(
 ) -> tuple[float, float]:
     """``KL(B || A)`` in nats by the flows' log-likelihoods (RK4, Hutchinson), and its standard error."""
     device = reference.device
-    rng = make_generator(_KL_SEED, device)
+    rng = make_generator(0, device, "evaluation kl")
     noise = torch.randn(n, *reference.event_shape, generator=rng, device=device)
     x, log_b = chain_log_prob(flows, noise, steps, rng)
     log_a = reference.log_prob(x, steps, "rk4", generator=rng)
@@ -185,14 +182,14 @@ class Judge:
         *,
         steps: int = 16,
         beta: float | None = None,
-        n_reference: int = 32768,
+        n_reference: int = 16384,
         n: int = 2048,
     ):
         if not isinstance(oracle, ScriptedOracle):
             raise ConfigError("evaluation needs an oracle with a true score (a scripted one)")
-        self.reference, self.task, self.oracle, self.n = reference, task, oracle, n
+        self.reference, self.task, self.oracle, self.steps = reference, task, oracle, steps
         self.beta = task.beta if beta is None else beta
-        rng = make_generator(_REFERENCE_SEED)
+        rng = make_generator(0, stream="evaluation reference")
         noise = torch.randn(n_reference, *task.event_shape, generator=rng)
         policy = FlowPolicy(reference, steps=steps)
         self.samples = torch.cat([policy.sample(part).cpu() for part in noise.split(4096)])
@@ -200,11 +197,13 @@ class Judge:
         chosen = optimum_samples(self.samples, self.rewards, self.beta, rng)
         half = min(n, len(chosen) // 2)
         self.optimum, other = chosen[:half], chosen[half : 2 * half]
-        self.effective_size = optimum_weights(self.rewards, self.beta)[1]
+        weight, self.effective_size = optimum_weights(self.rewards, self.beta)
+        self.optimum_reward = float((weight * self.rewards).sum())
+        self.optimum_kl = float(frontier(self.rewards, torch.tensor([self.beta]))[1])
         self.distance = energy_distance(self.samples[:n], self.optimum)
         self.spread = _spread(self.optimum)
         self.optimum_score = self.score(other)
-        model_noise = make_generator(_MODEL_SEED)
+        model_noise = make_generator(0, stream="evaluation model")
         self.noise = torch.randn(n, *task.event_shape, generator=model_noise)
 
     def score(self, samples: Tensor) -> float:
@@ -216,14 +215,10 @@ class Judge:
         samples = model.sample(self.noise).cpu()
         rewards = self.oracle.score(samples)
         accepted = rewards >= self.oracle.threshold
-        nats, stderr = (
-            kl_divergence(model.chain(), self.reference) if kl else (math.nan, math.nan)
-        )
+        nats, stderr = kl_divergence(model.chain(), self.reference) if kl else (math.nan, math.nan)
         reward = float(rewards.double().mean())
         return Evaluation(
-            reference_preferred_rate=float(
-                (self.rewards >= self.oracle.threshold).double().mean()
-            ),
+            reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
             preferred_rate=float(accepted.double().mean()),
             reward=reward,
             score=self.score(samples),
@@ -237,6 +232,10 @@ class Judge:
             diversity=_spread(samples[accepted]) / self.spread,
             optimum_effective_size=self.effective_size,
         )
+
+    def optimum_rewards(self) -> Tensor:
+        """True scores of the optimum's samples."""
+        return self.oracle.score(self.optimum)
 
     def frontier_curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Rewards and KLs of the frontier from the reference to near the best seen reward."""

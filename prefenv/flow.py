@@ -37,7 +37,11 @@ def _rk4(f, x, t, h):
     return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-SOLVERS: dict[str, tuple[Solver, int]] = {"euler": (_euler, 1), "heun": (_heun, 2), "rk4": (_rk4, 4)}
+SOLVERS: dict[str, tuple[Solver, int]] = {
+    "euler": (_euler, 1),
+    "heun": (_heun, 2),
+    "rk4": (_rk4, 4),
+}
 
 
 def nfe(steps: int, method: str = "euler") -> int:

@@ -183,9 +183,7 @@ class Kernel:
         )
 
 
-def gaussian_log_prob(
-    x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "sum"
-) -> Tensor:
+def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "sum") -> Tensor:
     """``log N(x; mean, std^2 I)`` of each row, ``(B,)``; ``std`` broadcasts against ``x``.
 
     Raises:

@@ -108,7 +108,7 @@ class FlowMDP:
             )
         kernel = Kernel(kernel) if isinstance(kernel, str) else kernel
         self._generator = make_generator(0, self.device)
-        self.reference = FlowPolicy(flow.frozen().to(self.device), kernel, steps, self._generator)
+        self.reference = FlowPolicy(flow.frozen().to(self.device), kernel, steps)
         if self.kl_coef and control == "state" and len(self.reference.stochastic_steps) < steps:
             raise ConfigError(
                 "kl_coef needs a kernel with noise at every step (flow-sde, memoryless or constant, full "
@@ -200,8 +200,9 @@ class FlowMDP:
         return self.desk.judge(samples.unflatten(0, (-1, self.panel_size))).flatten()
 
     def seed_noise(self, seed: int) -> None:
-        """Seed the generator of initial noises and of ``reference``'s steps."""
-        self._generator.manual_seed(seed)
+        """Seed the generators of initial noises and, apart from them, of ``reference``'s steps."""
+        for generator, stream in ((self._generator, "env"), (self.reference.generator, "steps")):
+            generator.set_state(make_generator(seed, self.device, stream).get_state())
 
     def _batch(self, values: Any, what: str) -> Tensor:
         """Values as float32 rows ``(num_envs, *event_shape)`` on the device."""

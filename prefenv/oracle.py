@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prefenv.errors import BudgetSpentError, ConfigError, NotDifferentiableError
+from prefenv.errors import BudgetSpentError, ConfigError, NonFiniteError, NotDifferentiableError
 from prefenv.tasks import Task
 
 Answer = Literal["score", "choose", "best"]
@@ -55,7 +55,7 @@ class ScriptedOracle(Oracle):
 
     def __init__(self, task: Task, answer: Answer = "score"):
         super().__init__(task)
-        if answer not in _ANSWERS:
+        if answer not in tuple(_ANSWERS):
             raise ConfigError(f"answer must be one of {', '.join(_ANSWERS)}, not {answer!r}")
         self.answer = answer
         self.differentiable = answer == "score"
@@ -107,17 +107,25 @@ class Ledger:
         """Samples that may still be judged."""
         return float("inf") if self.max_queries is None else self.max_queries - self.queries
 
-    def charge(self, panels: int, queries: int) -> None:
-        """Book questions before they are asked.
+    def afford(self, queries: int) -> None:
+        """Make sure that so many more samples may be judged.
 
         Raises:
-            BudgetSpentError: They would exceed the budget; nothing is booked.
+            BudgetSpentError: They would exceed the budget.
         """
         if queries > self.left:
             raise BudgetSpentError(
                 f"the budget of {self.max_queries} judged samples is spent: {self.queries} were judged, and "
                 f"{queries} more were asked; raise max_queries or stop earlier"
             )
+
+    def charge(self, panels: int, queries: int) -> None:
+        """Book answered questions.
+
+        Raises:
+            BudgetSpentError: They exceed the budget; nothing is booked.
+        """
+        self.afford(queries)
         self.panels += panels
         self.queries += queries
 
@@ -141,21 +149,30 @@ class Desk:
         self.differentiable = oracle.differentiable
         self.nondeterministic = oracle.nondeterministic
 
+    def _fits(self, k: int) -> None:
+        if self._oracle.panel_size not in (None, k):
+            raise ConfigError(f"this oracle judges panels of {self._oracle.panel_size}, not of {k}")
+
     @torch.no_grad()
     def judge(self, panels: Tensor) -> Tensor:
         """Ask about panels ``(m, K, *event_shape)``; returns float32 ``(m, K)``, NaN = no answer.
 
         Raises:
-            BudgetSpentError: The budget does not cover them.
+            BudgetSpentError: The budget does not cover them; they are not asked.
             ConfigError: The oracle cannot judge panels of this size, or answered in another shape.
+            NonFiniteError: It answered infinity.
         """
         m, k = panels.shape[:2]
-        if self._oracle.panel_size not in (None, k):
-            raise ConfigError(f"this oracle judges panels of {self._oracle.panel_size}, not of {k}")
-        self.ledger.charge(m, m * k)
+        self._fits(k)
+        self.ledger.afford(m * k)
         answer = torch.as_tensor(self._oracle.judge(panels), dtype=torch.float32)
         if answer.shape != (m, k):
             raise ConfigError(f"the oracle answered {tuple(answer.shape)}, expected {(m, k)}")
+        if bool(answer.isinf().any()):
+            raise NonFiniteError(
+                "the oracle answered infinity; judgements are finite, or NaN for none"
+            )
+        self.ledger.charge(m, m * k)
         return answer.to(panels.device)
 
     def gradient(self, samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,12 +181,14 @@ class Desk:
         Raises:
             NotDifferentiableError: The oracle has no gradient.
         """
+        self._fits(1)
         if not self.differentiable:
             raise NotDifferentiableError("this oracle gives no reward gradient")
-        self.ledger.charge(len(samples), len(samples))
-        self.ledger.gradients += len(samples)
+        self.ledger.afford(len(samples))
         with torch.enable_grad():
             x = samples.detach().requires_grad_(True)
             reward = self._oracle.judge(x[:, None])[:, 0]
             (grad,) = torch.autograd.grad(reward.sum(), x)
+        self.ledger.charge(len(samples), len(samples))
+        self.ledger.gradients += len(samples)
         return reward.detach(), grad

@@ -134,7 +134,7 @@ class FlowPolicy:
             Actions of the kind and shape of ``observation["x"]``, and ``state``.
         """
         given = observation["x"]
-        x = torch.as_tensor(given).to(self.flow.device)
+        x = torch.as_tensor(given, dtype=torch.float32, device=self.flow.device)
         t = torch.as_tensor(observation["t"]).reshape(-1)
         index = (t * self.steps).round().long()
         i = int(index[0])

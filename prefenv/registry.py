@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import re
 from importlib import metadata
 from typing import Any
 
@@ -37,7 +38,7 @@ def names(kind: str) -> list[str]:
     return [*_TABLES[kind], *(n for n in plugged if n not in _TABLES[kind])]
 
 
-def lookup(kind: str, name: str) -> type:
+def lookup(kind: str, name: str) -> Any:
     """The class behind a name or a ``module:Class``.
 
     Raises:
@@ -46,9 +47,9 @@ def lookup(kind: str, name: str) -> type:
     target = _TABLES[kind].get(name)
     if target is None and ":" in name:
         target = name
+    for entry in metadata.entry_points(group=f"prefenv.{kind}s", name=name):
+        target = target or entry.value
     if target is None:
-        for entry in metadata.entry_points(group=f"prefenv.{kind}s", name=name):
-            return entry.load()
         known = names(kind)
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -56,12 +57,12 @@ def lookup(kind: str, name: str) -> type:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UnknownNameError(f"cannot load {kind} {name!r}: {error}") from error
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """``name:key=value,key=value`` as a name and its settings.
+    """``name:key=value,key=value`` as a name and its settings; a value may be a tuple, ``scale=(0.8,1.2)``.
 
     A colon without ``=`` behind it belongs to a ``module:Class``.
 
@@ -72,7 +73,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     if not head or "=" not in tail:
         return text, {}
     settings = {}
-    for part in tail.split(","):
+    for part in re.split(r",(?=\s*\w+\s*=)", tail):
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ConfigError(f"cannot read {part!r} in {text!r}; write name:key=value,key=value")
@@ -94,9 +95,9 @@ def make(kind: str, text: str, *args: Any, **extra: Any) -> Any:
     cls = lookup(kind, name)
     try:
         inspect.signature(cls).bind(*args, **extra, **settings)
-    except TypeError as error:
-        raise ConfigError(f"{kind} {name!r}: {error}") from None
-    return cls(*args, **extra, **settings)
+        return cls(*args, **extra, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind} {text!r}: {error}") from None
 
 
 def make_task(name: str) -> Any:
@@ -120,7 +121,7 @@ def make_agent(name: str, env: Any, **kwargs: Any) -> Any:
     from dataclasses import replace
 
     plain, settings = parse(name)
-    cls: Any = lookup("agent", plain)
+    cls = lookup("agent", plain)
     config = kwargs.pop("config", None) or cls.Config()
     try:
         config = replace(config, **settings)

@@ -57,7 +57,7 @@ def train_reference(
             f"iterations and batch must be at least 1, not {config.iterations}, {config.batch}"
         )
     where = resolve_device(device)
-    data_rng, rng = make_generator(seed), make_generator(seed + 1, where)
+    data_rng, rng = make_generator(seed, stream="data"), make_generator(seed, where, "noise")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         flow = RectifiedFlow(task.network()).to(where)
@@ -71,7 +71,9 @@ def train_reference(
         optimizer, config.lr, total_steps=config.iterations
     )
     began, smooth = time.perf_counter(), float("nan")
-    bar = tqdm(range(config.iterations), desc=f"train {task.name}", disable=None if progress else True)
+    bar = tqdm(
+        range(config.iterations), desc=f"train {task.name}", disable=None if progress else True
+    )
     for i in bar:
         x, _ = task.data(config.batch, data_rng)
         x1 = x.to(where)
@@ -86,9 +88,7 @@ def train_reference(
         if i % 100 == 0 or i + 1 == config.iterations:
             value = float(loss.detach())
             if not value < float("inf"):
-                raise NonFiniteError(
-                    f"the training loss became {value} at iteration {i}; lower lr"
-                )
+                raise NonFiniteError(f"the training loss became {value} at iteration {i}; lower lr")
             smooth = value if i == 0 else 0.8 * smooth + 0.2 * value
             bar.set_postfix(loss=f"{smooth:.4f}")
     seconds = time.perf_counter() - began
@@ -120,9 +120,7 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
     )
 
     def rates(index: torch.Tensor) -> dict[str, float]:
-        return {
-            c: round(float((index == k).float().mean()), 4) for k, c in enumerate(task.classes)
-        }
+        return {c: round(float((index == k).float().mean()), 4) for k, c in enumerate(task.classes)}
 
     def median(x: torch.Tensor) -> float:
         return round(float(task.residual(x).median()), 4)

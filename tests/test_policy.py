@@ -189,10 +189,28 @@ def test_velocity_is_never_stale(small_flow, change):
     torch.testing.assert_close(policy.velocity(x, 2), now, rtol=1e-4, atol=1e-5)
 
 
-def test_another_flow_can_be_put_in(small_flow):
-    policy, x = FlowPolicy(small_flow((3, 2)), steps=STEPS), torch.randn(4, 3, 2)
+@pytest.mark.parametrize("change", ["load_state_dict", "ema"])
+def test_velocity_of_frozen_weights_is_never_stale(small_flow, change):
+    """What may still happen to weights that are not trained: loading, and following others."""
+    flow, other, x = small_flow((3, 2)).frozen(), small_flow((3, 2), seed=1), torch.randn(4, 3, 2)
+    policy = FlowPolicy(flow, steps=STEPS)
+    before = policy.velocity(x, 2)
+    assert torch.equal(policy.velocity(x, 2), before)
+    if change == "ema":
+        torch._foreach_lerp_(list(flow.parameters()), list(other.frozen().parameters()), 0.5)
+    else:
+        flow.load_state_dict(other.state_dict())
+    now = flow.velocity(x, 2 / STEPS)
+    assert float((now - before).abs().max()) > 0.01, "the change is felt"
+    torch.testing.assert_close(policy.velocity(x, 2), now, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_another_flow_can_be_put_in(small_flow, frozen):
+    flows = [small_flow((3, 2), seed=s).requires_grad_(not frozen) for s in (0, 1)]
+    policy, x = FlowPolicy(flows[0], steps=STEPS), torch.randn(4, 3, 2)
     policy.velocity(x, 2)
-    policy.flow = small_flow((3, 2), seed=1)
+    policy.flow = flows[1]
     torch.testing.assert_close(policy.velocity(x, 2), policy.flow.velocity(x, 2 / STEPS).detach())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefenv.device import stratified_uniform
+from prefenv.errors import ConfigError
 from prefenv.tasks.base import Task
 
 ROLL, S_CURVE = 0, 1
@@ -77,6 +78,12 @@ class Shapes(Task):
     noise: float = 0.03
     turn: float = 0.4
     scale: tuple[float, float] = (0.8, 1.2)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.points, int) or self.points < 8:
+            raise ConfigError(f"shapes: points must be a whole number from 8, not {self.points!r}")
+        if not 0 < self.s_rate < 1:
+            raise ConfigError(f"shapes: s_rate must lie between 0 and 1, not {self.s_rate!r}")
 
     @property
     def event_shape(self) -> tuple[int, ...]:

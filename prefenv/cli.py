@@ -1,0 +1,256 @@
+"""``prefenv ...``: the command line. A user's mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+import prefenv
+from prefenv.errors import ConfigError, PrefenvError
+from prefenv.registry import lookup, make_task, names, parse
+from prefenv.runs import RunConfig
+
+
+@dataclass(frozen=True)
+class Align(RunConfig):
+    """Run one agent against an oracle and write a run directory.
+
+    Example: prefenv align --agent d3po --oracle s-curve --queries 4096 --panel-size 4 --seed 0
+
+    Args:
+        out: The run's directory; default: runs/ and a name that hashes the settings. A finished run is read, a
+            half-done one goes on where it stopped.
+        json: Print the summary as one JSON object, and nothing else, on stdout.
+    """
+
+    out: Path | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.runs import align
+
+        fields = [f.name for f in dataclasses.fields(RunConfig)]
+        config = RunConfig(**{name: getattr(self, name) for name in fields})
+        folder = self.out or Path("runs") / config.name
+        summary = align(config, folder, progress=True)
+        if self.json:
+            print(json.dumps(summary))
+            return 0
+        print(
+            f"{config.agent}: preferred {summary['preferred_rate']:.3f} "
+            f"(reference {summary['reference_preferred_rate']:.3f}), score {summary['score']:.3f} "
+            f"(optimum {summary['optimum_score']:.3f}), residual {summary['residual']:.4f} "
+            f"(reference {summary['reference_residual']:.4f}), KL {summary['kl_nats']:.1f} nats, "
+            f"{summary['queries']} queries in {summary['panels']} panels, {summary['seconds']:.1f} s"
+        )
+        print(f"written to {folder}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Align all agents at one budget and draw what they make: one table, two figures.
+
+    Args:
+        out: Folder of the table, the figures and the runs; finished runs in it are not repeated.
+        agents: Which agents.
+        task: Task, by name.
+        oracle: Oracle, by name; None = the task's own.
+        queries: Budget of each agent: samples that the oracle judges.
+        panel_size: Samples shown together.
+        seed: Seed of everything random.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: Processes; None = one per core.
+        json: Print the summaries as one JSON object, and nothing else, on stdout.
+    """
+
+    out: Path = Path("runs/demo")
+    agents: tuple[str, ...] = ("hil-dd", "pfm", "d3po", "ppo")
+    task: str = "shapes"
+    oracle: str | None = None
+    queries: int = 4096
+    panel_size: int = 4
+    seed: int = 0
+    device: str = "auto"
+    workers: int | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.demo import demo
+
+        for name in self.agents:
+            lookup("agent", parse(name)[0])
+        config = RunConfig(
+            oracle=self.oracle or make_task(self.task).default_oracle,
+            task=self.task,
+            queries=self.queries,
+            panel_size=self.panel_size,
+            seed=self.seed,
+            device=self.device,
+        )
+        text, summaries = demo(self.out, self.agents, config, workers=self.workers)
+        if self.json:
+            print(json.dumps({"runs": summaries}))
+        else:
+            print(text)
+            print(f"figures: {self.out / 'shapes.png'} and {self.out / 'frontier.png'}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a task's reference (model A) from scratch; writes a checkpoint and its card.
+
+    Args:
+        task: Task, by name; settings may follow, ``shapes:s_rate=0.02``.
+        out: The checkpoint, a .safetensors file; default: checkpoints/TASK.safetensors here.
+        seed: Seed of weights, data and noise.
+        iterations: Optimiser steps; None = the task's own number.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        json: Print the card as one JSON object, and nothing else, on stdout.
+    """
+
+    task: str = "shapes"
+    out: Path | None = None
+    seed: int = 1
+    iterations: int | None = None
+    device: str = "auto"
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.runs import writable
+        from prefenv.train import save_reference, train_reference
+
+        task = make_task(self.task)
+        path = self.out or Path("checkpoints") / f"{task.name}.safetensors"
+        if path.suffix != ".safetensors":
+            raise ConfigError(f"--out {path}: a checkpoint is a .safetensors file")
+        writable(path.parent)
+        config = task.train
+        if self.iterations is not None:
+            config = dataclasses.replace(config, iterations=self.iterations)
+        trained = train_reference(task, config, seed=self.seed, device=self.device)
+        save_reference(path, trained, task)
+        print(json.dumps(trained.card) if self.json else f"written to {path}")
+        return 0
+
+
+@dataclass(frozen=True)
+class List:
+    """List the tasks, agents and oracles that are known by name.
+
+    Args:
+        json: Print them as one JSON object.
+    """
+
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        if self.json:
+            print(json.dumps({f"{kind}s": names(kind) for kind in ("task", "agent", "oracle")}))
+            return 0
+        for kind in ("task", "agent", "oracle"):
+            print(f"{kind}s")
+            for name in names(kind):
+                module = sys.modules[lookup(kind, name).__module__]
+                line = (module.__doc__ or "").strip().splitlines()[0]
+                print(f"  {name:<12} {line.replace('``', '').removeprefix(name + ': ')}")
+        return 0
+
+
+@dataclass(frozen=True)
+class CheckAgent:
+    """Check an agent, built in or your own, against the contract.
+
+    Args:
+        agent: Its name, or ``module:Class`` (the current folder is searched too).
+    """
+
+    agent: Annotated[str, tyro.conf.Positional]
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.testing import ContractError, check_agent
+
+        cls = lookup("agent", self.agent)
+        try:
+            passed = check_agent(cls, progress=lambda name: print(f"ok  {name}", flush=True))
+        except ContractError as error:
+            print(f"prefenv: {error}", file=sys.stderr)
+            return 1
+        print(f"{self.agent}: {len(passed)} checks passed")
+        return 0
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "align": Align,
+    "demo": Demo,
+    "train": Train,
+    "list": List,
+    "check-agent": CheckAgent,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        0; 1 for a failed check; 2 for a user's mistake, told in one line on stderr; 130 for Ctrl-C.
+    """
+    sys.path.insert(0, "")  # a user's own module:Class lies where they are
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["--version"], ["-V"]):
+        print(f"prefenv {prefenv.__version__} (torch {torch.__version__})")
+        return 0
+    try:
+        command = _parse(argv)
+        return command.run()
+    except PrefenvError as error:
+        print(f"prefenv: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prefenv: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _parse(argv: list[str]):
+    """The command that ``argv`` asks for.
+
+    tyro's boxed errors become one line that keeps what they say.
+
+    Raises:
+        ConfigError: The arguments cannot be read.
+        SystemExit: Help was asked for.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="prefenv", description=prefenv.__doc__, args=argv
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = "".join(c if c not in "╭╮╰╯│─" else " " for c in errors.getvalue()).split()
+        raise ConfigError(" ".join(words) or "cannot read the command line; try --help") from None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""The demonstration: all four agents at one budget, one table, two figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from prefenv import plotting
+from prefenv.evaluation import Judge
+from prefenv.packing import unpack
+from prefenv.registry import make_agent
+from prefenv.runs import RunConfig, align, shapes_figure
+
+_COLUMNS = {
+    "agent": ("agent", "{}"),
+    "preferred_rate": ("preferred", "{:.3f}"),
+    "score": ("score", "{:.3f}"),
+    "reward": ("reward", "{:.3f}"),
+    "kl_nats": ("KL (nats)", "{:.1f}"),
+    "frontier_kl_nats": ("frontier", "{:.2f}"),
+    "residual": ("residual", "{:.4f}"),
+    "diversity": ("diversity", "{:.2f}"),
+    "queries": ("queries", "{}"),
+    "nfe": ("NFE", "{}"),
+    "seconds": ("seconds", "{:.1f}"),
+}
+_judge: Judge | None = None
+
+
+def _start(judge: Judge) -> None:
+    global _judge
+    torch.set_num_threads(1)
+    _judge = judge
+
+
+def _work(config: RunConfig, folder: Path) -> dict[str, Any]:
+    return align(config, folder, judge=_judge)
+
+
+def compare(
+    configs: Iterable[RunConfig],
+    folder: Path,
+    judge: Judge,
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+) -> list[dict[str, Any]]:
+    """Run several agents side by side, one thread each, and return their summaries in order.
+
+    Args:
+        configs: One run each.
+        folder: Where their directories go, one per agent name.
+        judge: What scores them all.
+        progress: Show a bar on stderr.
+        workers: Processes; None = one per core, no more than runs.
+    """
+    configs = list(configs)
+    count = workers or max(1, min(len(configs), len(os.sched_getaffinity(0))))
+    context = multiprocessing.get_context("spawn")
+    results: dict[int, dict[str, Any]] = {}
+    bar = tqdm(total=len(configs), desc="agents", unit="run", disable=None if progress else True)
+    with bar, ProcessPoolExecutor(count, context, _start, (judge,)) as pool:
+        # The longest first, so that the last worker is not left with it.
+        futures = {pool.submit(_work, c, folder / c.agent): i for i, c in enumerate(configs)}
+        try:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.update()
+                bar.set_postfix_str(configs[futures[future]].agent)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [results[i] for i in range(len(configs))]
+
+
+def table(summaries: list[dict[str, Any]], judge: Judge) -> str:
+    """One Markdown table: the reference, every agent, and the optimum."""
+    accepted = judge.optimum_rewards() >= judge.oracle.threshold
+    bounds = [
+        {
+            "agent": "reference",
+            "preferred_rate": summaries[0]["reference_preferred_rate"],
+            "score": 0.0,
+            "reward": float(judge.rewards.mean()),
+            "kl_nats": 0.0,
+            "frontier_kl_nats": 0.0,
+            "residual": summaries[0]["reference_residual"],
+        },
+        *summaries,
+        {
+            "agent": f"optimum (beta {judge.beta})",
+            "preferred_rate": float(accepted.double().mean()),
+            "score": judge.optimum_score,
+            "reward": judge.optimum_reward,
+            "kl_nats": judge.optimum_kl,
+            "frontier_kl_nats": judge.optimum_kl,
+            "residual": float(judge.task.residual(judge.optimum).median()),
+            "diversity": 1.0,
+        },
+    ]
+    rows = [[head for head, _ in _COLUMNS.values()]]
+    for entry in bounds:
+        rows.append([f.format(entry[k]) if k in entry else "" for k, (_, f) in _COLUMNS.items()])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def frontier_figure(summaries: list[dict[str, Any]], judge: Judge) -> Figure:
+    """Mean reward against KL to the reference, with the frontier that no agent can pass."""
+    with plotting.style():
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        reward, kl = judge.frontier_curve()
+        seen = kl > 1e-3
+        axes.plot(kl[seen], reward[seen], color=plotting.BLUE, label="frontier (exact)")
+        axes.fill_between(kl[seen], reward[seen], 1.05, color=plotting.BLUE, alpha=0.07, lw=0)
+        axes.axhline(
+            float(judge.rewards.mean()), color=plotting.RED, lw=1, ls=":", label="reference"
+        )
+        axes.scatter(
+            judge.optimum_kl, judge.optimum_reward, marker="*", s=130, color=plotting.BLUE, zorder=3,
+            label=f"optimum, beta {judge.beta}",
+        )  # fmt: skip
+        for entry in summaries:
+            x, error = entry["kl_nats"], 2 * entry["kl_stderr"]
+            if not math.isfinite(x):
+                continue
+            axes.errorbar(x, entry["reward"], xerr=error, fmt="o", color=plotting.GREEN, ms=5)
+            axes.annotate(
+                entry["agent"], (x, entry["reward"]), textcoords="offset points", xytext=(6, 5),
+                color=plotting.GREEN,
+            )  # fmt: skip
+        axes.set(
+            xscale="log", ylim=(0, 1.05), xlabel="KL(B || A) in nats", ylabel="mean reward",
+            title="Reward against distance from the reference",
+        )  # fmt: skip
+        axes.legend(loc="center right")
+    return figure
+
+
+def demo(
+    folder: Path,
+    agents: Iterable[str],
+    config: RunConfig,
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+) -> tuple[str, list[dict[str, Any]]]:
+    """Run the agents at ``config``'s budget; write ``table.md``, ``shapes.png`` and ``frontier.png``.
+
+    Returns:
+        The table and the summaries.
+    """
+    configs = [dataclasses.replace(config, agent=name) for name in agents]
+    judge = configs[0].judge()
+    summaries = compare(configs, folder, judge, progress=progress, workers=workers)
+    text = table(summaries, judge)
+    (folder / "table.md").write_text(text + "\n")
+    models = {}
+    for c in configs:
+        agent = make_agent(c.agent, c.make_env(), seed=c.seed)
+        models[c.agent] = agent.restore(unpack(folder / c.agent / "model.safetensors"))
+    shapes_figure(judge, models).savefig(folder / "shapes.png")
+    frontier_figure(summaries, judge).savefig(folder / "frontier.png")
+    return text, summaries

@@ -1,0 +1,249 @@
+"""A run is one directory: what was asked, with what, what happened, what came out.
+
+``config.json``, ``versions.json``, ``metrics.jsonl`` (a line a round), ``state.safetensors`` while it runs and
+``model.safetensors`` when it is done, ``summary.json``, ``shapes.png``. A finished run is not repeated, a killed
+one goes on from its last saved round, and comes out the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from prefenv import plotting
+from prefenv.agent import Agent
+from prefenv.checkpoints import load_checkpoint, write_atomic
+from prefenv.device import resolve_device
+from prefenv.errors import ConfigError, RunError
+from prefenv.evaluation import Judge
+from prefenv.packing import pack, unpack
+from prefenv.policy import FlowPolicy
+from prefenv.registry import lookup, make_agent, make_oracle, make_task, parse
+
+_ROUNDS = 32  # a budget is spent in about so many rounds
+_SAVE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes; its hash is the run's name.
+
+    Args:
+        agent: Agent, by name; settings may follow, ``ppo:lr=1e-4``.
+        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``.
+        task: Task, by name.
+        queries: Budget: samples that the oracle judges.
+        panel_size: Samples shown together.
+        rows: Samples of one round; None = the budget in about 32 rounds.
+        seed: Seed of everything random.
+        steps: Steps from noise to sample.
+        beta: Temperature of the optimum that scores the agent; None = the task's.
+        checkpoint: Reference file; None = the task's own.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    agent: str = "ppo"
+    oracle: str = "s-curve"
+    task: str = "shapes"
+    queries: int = 4096
+    panel_size: int = 4
+    rows: int | None = None
+    seed: int = 0
+    steps: int = 16
+    beta: float | None = None
+    checkpoint: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ConfigError(
+                f"a budget of {self.queries} queries asks nothing; give a positive number"
+            )
+        if self.panel_size < 1 or self.queries % self.panel_size:
+            raise ConfigError(
+                f"panels of {self.panel_size} do not divide {self.queries} queries; "
+                "give a multiple of the panel size"
+            )
+        if self.rows is not None and (
+            self.rows < 1 or self.rows % self.panel_size or self.queries % self.rows
+        ):
+            raise ConfigError(
+                f"rounds of {self.rows} samples must be a multiple of panel_size={self.panel_size} "
+                f"and divide {self.queries} queries"
+            )
+
+    @property
+    def name(self) -> str:
+        """``agent-task-sSEED-HASH``."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        agent = parse(self.agent)[0].rpartition(":")[2]
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{agent}-{parse(self.task)[0]}-s{self.seed}-{digest}"
+
+    def num_envs(self) -> int:
+        """Rows of a round: all panels fill rounds exactly, in about 32 rounds of at most the agent's rows."""
+        if self.rows is not None:
+            return self.rows
+        panels = self.queries // self.panel_size
+        most = max(
+            1, min(lookup("agent", parse(self.agent)[0]).rows // self.panel_size, panels // _ROUNDS)
+        )
+        return self.panel_size * max(d for d in range(1, most + 1) if panels % d == 0)
+
+    def judge(self) -> Judge:
+        """What scores this run's agent."""
+        task = make_task(self.task)
+        flow = load_checkpoint(self.checkpoint, task).flow.to(resolve_device(self.device))
+        return Judge(flow, task, make_oracle(self.oracle, task), steps=self.steps, beta=self.beta)
+
+    def make_env(self) -> Any:
+        """The environment, with the budget as its limit."""
+        return gym.make_vec(
+            f"prefenv/{parse(self.task)[0].capitalize()}-v0",
+            num_envs=self.num_envs(),
+            oracle=self.oracle,
+            panel_size=self.panel_size,
+            steps=self.steps,
+            max_queries=self.queries,
+            checkpoint=self.checkpoint,
+            device=self.device,
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("prefenv", "torch", "numpy", "gymnasium", "scipy")
+    found = {p: metadata.version(p) for p in packages}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def align(
+    config: RunConfig,
+    folder: Path,
+    *,
+    judge: Judge | None = None,
+    progress: bool = False,
+    callback: Callable[[Agent, dict[str, float]], Any] | None = None,
+) -> dict[str, Any]:
+    """Run one agent to the end of its budget and write its directory.
+
+    Args:
+        config: What to run.
+        folder: The run's directory; made if missing, resumed if half done, read if finished.
+        judge: What scores it; None = made here.
+        progress: Show a bar on stderr.
+        callback: Called after every round.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        RunError: The directory cannot be written, or holds a run of another config.
+    """
+    done = _open(config, folder)
+    if done is not None:
+        return done
+    judge = judge or config.judge()
+    env = config.make_env()
+    agent: Agent = make_agent(config.agent, env, seed=config.seed)
+    state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
+    if state.exists():
+        agent.restore(unpack(state))
+    lines = metrics.read_text().splitlines()[: agent.rounds] if metrics.exists() else []
+    write_atomic(metrics, "".join(line + "\n" for line in lines).encode())
+    saved = time.monotonic()
+
+    with metrics.open("a") as log:
+
+        def after(agent: Agent, values: dict[str, float]) -> Any:
+            nonlocal saved
+            entry = {"round": agent.rounds, **agent.env.ledger.counts(), **values}
+            log.write(json.dumps(entry) + "\n")
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                log.flush()
+                write_atomic(state, pack(agent.state()))
+                saved = time.monotonic()
+            return callback(agent, values) if callback else None
+
+        left = config.queries - agent.env.ledger.queries
+        if left:
+            agent.learn(left, progress_bar=progress, callback=after)
+    summary = _summary(config, agent, judge)
+    figure = shapes_figure(judge, {parse(config.agent)[0]: agent})
+    figure.savefig(folder / "shapes.png")
+    write_atomic(folder / "model.safetensors", pack(agent.state()))
+    write_atomic(folder / "summary.json", _json(summary))
+    state.unlink(missing_ok=True)
+    env.close()
+    return summary
+
+
+def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
+    """The reference's samples (red) above each model's from the same noises (green)."""
+    noise = judge.noise[:n]
+    reference = FlowPolicy(judge.reference, steps=judge.steps).sample(noise).cpu().numpy()
+    rows = [reference, *(m.sample(noise).cpu().numpy() for m in models.values())]
+    colors = [plotting.RED, *[plotting.GREEN] * len(models)]
+    return plotting.sheet(judge.task, rows, colors, ["reference", *models])
+
+
+def writable(folder: Path) -> None:
+    """Make a folder and make sure that files can be written in it, before long work begins.
+
+    Raises:
+        RunError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from None
+
+
+def _open(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Make or check the directory; the summary if the run is finished."""
+    record = folder / "config.json"
+    plain = dataclasses.asdict(config)
+    writable(folder)
+    try:
+        if record.exists():
+            if json.loads(record.read_text()) != plain:
+                raise RunError(f"{folder} holds another run; choose another --out, or remove it")
+        else:
+            write_atomic(folder / "versions.json", _json(versions()))
+            write_atomic(record, _json(plain))
+        finished = folder / "summary.json"
+        return json.loads(finished.read_text()) if finished.exists() else None
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}") from None
+    except json.JSONDecodeError:
+        raise RunError(f"{folder} holds a damaged run; remove it and start again") from None
+
+
+def _summary(config: RunConfig, agent: Agent, judge: Judge) -> dict[str, Any]:
+    result = dataclasses.asdict(judge.evaluate(agent))
+    return {
+        "agent": config.agent,
+        "env": f"prefenv/{parse(config.task)[0].capitalize()}-v0",
+        "oracle": config.oracle,
+        "seed": config.seed,
+        **agent.env.ledger.counts(),
+        "device": str(agent.device),
+        **result,
+    }
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
