@@ -8,6 +8,9 @@ sides (``clamp="two-sided"``): its gradient is zero outside the band even where 
 The default here is one-sided: a winner that has risen enough and a loser that has fallen enough rest, anything
 on its way back is still pulled. The paper averages log-probabilities over the D dimensions, so its band belongs
 to the D-th root of the ratio; here they are summed, and the band of the summed log-ratio is D times as wide.
+
+``margin`` subtracts ``margin (r_w - r_l)`` inside the sigmoid: what was judged much better must become more likely
+by more (Amini et al. 2024, ODPO, arXiv 2402.10571). 0, as in the paper, asks the same of every pair.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import Rollout
 
 Clamp = Literal["one-sided", "two-sided", "none"]
 
@@ -34,6 +37,7 @@ def d3po_loss(
     eps: float,
     clamp: Clamp = "one-sided",
     dim: int = 1,
+    margin: Tensor | float = 0.0,
 ) -> Tensor:
     """The pairwise loss of each pair and step, ``(N,)``.
 
@@ -44,13 +48,14 @@ def d3po_loss(
         eps: Half width of the ratio's band.
         clamp: ``one-sided``, ``two-sided`` (as the public code) or ``none``.
         dim: Dimensions that the log-ratios are summed over; the band belongs to one of them.
+        margin: What the sigmoid's argument must exceed, a number or one for each pair ``(P,)``.
     """
     low, high = dim * math.log(1 - eps), dim * math.log(1 + eps)
     if clamp == "one-sided":
         log_ratio_w, log_ratio_l = log_ratio_w.clamp(max=high), log_ratio_l.clamp(min=low)
     elif clamp == "two-sided":
         log_ratio_w, log_ratio_l = log_ratio_w.clamp(low, high), log_ratio_l.clamp(low, high)
-    return -F.logsigmoid(beta * (log_ratio_w - log_ratio_l))
+    return -F.logsigmoid(beta * (log_ratio_w - log_ratio_l) - margin)
 
 
 def preferred_pairs(judgement: Tensor, tie: float) -> tuple[Tensor, Tensor]:
@@ -83,10 +88,12 @@ class D3PO(Agent):
             clamp: ``one-sided``, ``two-sided`` or ``none``.
             anchor: Weight of the velocity's drift from the reference on the deterministic steps.
             tie: Judgements that differ by no more than this are a tie and teach nothing.
+            margin: What a pair's log-odds must exceed, for each unit by which its judgements differ.
             epochs: Passes over each round.
             minibatches: Optimiser steps per pass.
             max_grad_norm: Largest gradient norm.
-            kernel: The stochastic step; by default only the first 5 of 16 steps are stochastic.
+            kernel: The stochastic step; by default only those before t = 0.3125, where the
+                class is decided (the first 8 of 16 on the shapes grid).
         """
 
         lr: float = 5e-4
@@ -95,6 +102,7 @@ class D3PO(Agent):
         clamp: Clamp = "one-sided"
         anchor: float = 1.0
         tie: float = 0.05
+        margin: float = 0.0
         epochs: int = 1
         minibatches: int = 2
         max_grad_norm: float = 1.0
@@ -105,11 +113,12 @@ class D3PO(Agent):
 
     def build(self) -> None:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)
-        self.frozen = FlowPolicy(self.reference, self.kernel(), self.env.steps)
+        self.frozen = self.env.policy(self.reference, self.kernel())
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg, steps = self.config, self.policy.stochastic_steps
         winner, loser = preferred_pairs(rollout.panels(rollout.judgement), cfg.tie)
+        gap = rollout.judgement[winner] - rollout.judgement[loser]
         batch, rows = rollout.transitions(steps), rollout.path.shape[1]
         if len(winner) == 0:
             return {"loss": 0.0, "pairs": 0.0, "accuracy": 0.0}
@@ -132,7 +141,8 @@ class D3PO(Agent):
                 )
                 ratio = (log_prob - reference[pick]).view(len(steps), len(used))
                 ratio_w, ratio_l = ratio[:, place[: len(w)]], ratio[:, place[len(w) :]]
-                loss = d3po_loss(ratio_w, ratio_l, cfg.beta, cfg.eps, cfg.clamp, dim).mean()
+                margin = cfg.margin * gap[part]
+                loss = d3po_loss(ratio_w, ratio_l, cfg.beta, cfg.eps, cfg.clamp, dim, margin).mean()
                 if cfg.anchor:
                     loss = loss + cfg.anchor * self.drift(rollout, len(pick))
                 self.optimizer.zero_grad()

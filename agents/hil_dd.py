@@ -39,16 +39,17 @@ def choice_labels(judgement: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """The toy's answers: 1/m on the m samples at or above the threshold.
 
     Args:
-        judgement: ``(m, K)``.
+        judgement: ``(m, K)``, NaN = no answer.
         threshold: From where a sample is chosen.
 
     Returns:
-        Labels ``(m, K)`` and which panels are informative ``(m,)``: some but not all samples chosen (the toy's
-        empty answer means no update, and choosing all says nothing).
+        Labels ``(m, K)`` and which panels are informative ``(m,)``: all samples answered, some but not all
+        chosen (the toy's empty answer means no update, and choosing all says nothing).
     """
     chosen = (judgement >= threshold).float()
     count = chosen.sum(1)
-    return chosen / count.clamp_min(1)[:, None], (count > 0) & (count < judgement.shape[1])
+    told = ~judgement.isnan().any(1)
+    return chosen / count.clamp_min(1)[:, None], told & (count > 0) & (count < judgement.shape[1])
 
 
 class HilDD(Agent):
@@ -69,12 +70,12 @@ class HilDD(Agent):
             data_weight: Weight of the flow loss; the toy takes 1.
         """
 
-        lr: float = 2e-4
-        updates: int = 8
+        lr: float = 1e-4
+        updates: int = 12
         times: int = 10
         horizon: float = 0.2
         temperature: float = 1.0
-        data_batch: int = 256
+        data_batch: int = 512
         data_weight: float = 1.0
 
     name: ClassVar[str] = "hil-dd"
@@ -88,7 +89,7 @@ class HilDD(Agent):
 
     def behaviour(self) -> FlowPolicy:
         """Frozen A by its ODE."""
-        return FlowPolicy(self.reference, Kernel("ode"), self.env.steps)
+        return self.env.policy(self.reference, Kernel("ode"))
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg = self.config

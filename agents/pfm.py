@@ -53,9 +53,11 @@ def transport_pairs(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class Refined(FlowPolicy):
     """The reference's ODE whose last step also passes the preference flows: one policy for the env."""
 
-    def __init__(self, reference: RectifiedFlow, flows: list[RectifiedFlow], steps: int):
-        super().__init__(reference, Kernel("ode"), steps)
-        self.then = [FlowPolicy(f, Kernel("ode"), steps) for f in flows]
+    def __init__(
+        self, reference: RectifiedFlow, flows: list[RectifiedFlow], steps: int, shift: float
+    ):
+        super().__init__(reference, Kernel("ode"), steps, shift=shift)
+        self.then = [FlowPolicy(f, Kernel("ode"), steps, shift=shift) for f in flows]
 
     def act(
         self, x: Tensor, i: int, condition: Tensor | None = None, deterministic: bool = False
@@ -117,11 +119,13 @@ class PFM(Agent):
 
     def fresh(self) -> None:
         """Start the next preference flow, with no pairs."""
-        network = self.env.task.network().to(self.device)
         if self.config.warm_start:
-            network.load_state_dict(self.reference.field.state_dict())
-        self.model = RectifiedFlow(network)
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=self.config.lr, fused=True)
+            self.model = self.reference.clone().requires_grad_(True).train()
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed + len(self.frozen_flows))
+                self.model = RectifiedFlow(self.env.task.network()).to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.config.lr, fused=True)
         empty = torch.empty(0, *self.env.task.event_shape, device=self.device)
         self.pool: dict[str, Any] = {"source": empty, "target": empty}
 
@@ -133,18 +137,30 @@ class PFM(Agent):
         return [self.reference, *(f for f in flows for _ in range(self.config.applications))]
 
     def _thaw(self, state: dict[str, Tensor]) -> RectifiedFlow:
-        flow = RectifiedFlow(self.env.task.network())
+        flow = self.model.clone()
         flow.load_state_dict(state)
-        return flow.frozen().to(self.device)
+        return flow.frozen()
 
     def behaviour(self) -> FlowPolicy:
         """The generator before the flow in training: the reference, or the last iteration's."""
         flows = [self._thaw(state) for state in self.frozen_flows]
         repeated = [f for f in flows for _ in range(self.config.applications)]
-        return Refined(self.reference, repeated, self.env.steps)
+        return Refined(self.reference, repeated, self.env.steps, self.env.task.shift)
+
+    def predict(
+        self,
+        observation: dict[str, Any],
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[Any, Any]:
+        policy = Refined(self.reference, self.chain()[1:], self.env.steps, self.env.task.shift)
+        return policy.predict(observation, state, episode_start, deterministic)
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg, samples = self.config, rollout.samples
+        frozen = len(self.frozen_flows) * cfg.applications
+        self.env.ledger.nfe += frozen * len(samples) * self.env.steps
         winner, loser = preferred_pairs(rollout.panels(rollout.judgement), cfg.tie)
         if cfg.margin:
             good = rollout.judgement[winner] >= self.env.desk.threshold

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prefenv.checkpoints import write_atomic
 from prefenv.device import make_generator
-from prefenv.envs import FlowVectorEnv
+from prefenv.envs import Control, FlowVectorEnv
 from prefenv.errors import CheckpointError, ConfigError, NonFiniteError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
@@ -39,7 +39,7 @@ class Requires:
 
     Args:
         panel_size: Fewest samples of a panel it can learn from.
-        gradient: Whether it asks for reward gradients.
+        gradient: Whether it asks for reward gradients; its rollouts then carry them.
         log_prob: Whether it needs stochastic steps.
     """
 
@@ -52,16 +52,19 @@ class Agent:
     """Base of all agents.
 
     A subclass defines ``Config`` and ``update``; it may also override ``chain`` (the flows that carry noise
-    to a sample, by default the trained copy of the reference alone), ``kernel`` and ``behaviour``.
+    to a sample, by default the trained copy of the reference alone), ``kernel`` and ``behaviour``. One whose
+    samples are no flow's has an empty ``chain`` and overrides ``sample``, and ``kl_bound`` if it knows one. One
+    that brings a loop of its own overrides ``round`` instead of ``update``.
 
     Args:
-        env: A ``FlowVectorEnv`` with ``control="state"``, as ``gym.make_vec`` makes it.
+        env: A ``FlowVectorEnv`` with the agent's ``control``, as ``gym.make_vec`` makes it.
         config: The agent's settings; None = its defaults.
         seed: Seed of everything random in the agent; the env's noises are seeded from it too.
 
     Attributes:
         name: Its name in the registry.
         requires: What it needs of the environment.
+        control: What its actions are, the env's ``control``: next states, or initial noises.
         rows: Samples of one round, where nobody says otherwise.
         persistent: Names of the attributes that hold what it has learned.
     """
@@ -72,6 +75,7 @@ class Agent:
 
     name: ClassVar[str] = "agent"
     requires: ClassVar[Requires] = Requires()
+    control: ClassVar[Control] = "state"
     rows: ClassVar[int] = 128
     persistent: ClassVar[tuple[str, ...]] = ("model", "optimizer")
 
@@ -90,15 +94,17 @@ class Agent:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.build()
-        self.policy = FlowPolicy(self.model, self.kernel(), self.env.steps, self.generator)
+        self.policy = self.env.policy(self.model, self.kernel(), self.generator)
 
     def _check(self) -> None:
         if not isinstance(self.env, FlowVectorEnv):
             raise ConfigError(
                 f"agents learn in a FlowVectorEnv (gym.make_vec), not in {type(self.env).__name__}"
             )
-        if self.env.control != "state":
-            raise ConfigError(f"{self.name} acts on states: make the env with control='state'")
+        if self.env.control != self.control:
+            raise ConfigError(
+                f"{self.name} acts on {self.control}s: make the env with control={self.control!r}"
+            )
         if self.env.panel_size < self.requires.panel_size:
             raise ConfigError(
                 f"{self.name} learns from panels of at least {self.requires.panel_size}, "
@@ -126,9 +132,25 @@ class Agent:
         """Learn from one judged round; returns what should be logged."""
         raise NotImplementedError
 
+    def round(self) -> tuple[Tensor, Metrics]:
+        """Play one round of ``env.num_envs`` judged samples and learn from it.
+
+        Returns:
+            The judgements ``(num_envs,)``, NaN = no answer, and what should be logged.
+        """
+        rollout = collect(self.env, self.behaviour(), gradient=self.requires.gradient)
+        return rollout.judgement, self.update(rollout)
+
     def chain(self) -> list[RectifiedFlow]:
-        """The flows that carry noise to a sample of model B, one after the other."""
+        """The flows that carry noise to a sample of model B, one after the other.
+
+        Empty where model B is no chain of flows (it selects, or steers the noise): it then has no likelihood.
+        """
         return [self.model]
+
+    def kl_bound(self) -> float:
+        """An upper bound of ``KL(B || A)`` in nats that is known without a likelihood; NaN = none is."""
+        return float("nan")
 
     # What they all have.
 
@@ -145,7 +167,7 @@ class Agent:
         rows = rollout.path.shape[1]
         pick = torch.randint(len(free) * rows, (n,), generator=self.generator, device=self.device)
         index = torch.tensor(free, device=self.device)[pick // rows]
-        x, t = flat[index * rows + pick % rows], index.to(flat.dtype) / self.env.steps
+        x, t = flat[index * rows + pick % rows], self.policy.times.to(flat)[index]
         self.env.ledger.nfe += 2 * n
         with torch.no_grad():
             target = self.reference.velocity(x, t)
@@ -186,11 +208,10 @@ class Agent:
         with bar:
             while ledger.queries + rows <= stop:
                 began, before = time.perf_counter(), ledger.queries
-                rollout = collect(self.env, self.behaviour())
-                metrics = self.update(rollout)
+                judgement, metrics = self.round()
                 ledger.seconds += time.perf_counter() - began
                 self.rounds += 1
-                judged = rollout.judgement[~rollout.judgement.isnan()]
+                judged = judgement[~judgement.isnan()]
                 mean = float(judged.mean()) if len(judged) else 0.0
                 metrics = {"judgement": mean, **metrics}
                 for key, value in metrics.items():
@@ -207,23 +228,27 @@ class Agent:
         """Samples of model B from noises ``(n, *event_shape)``: deterministic in the noise."""
         x = noise.to(self.device)
         for flow in self.chain():
-            x = FlowPolicy(flow, steps=self.env.steps).sample(x)
+            x = self.env.policy(flow).sample(x)
         return x
 
     def predict(
-        self, observation: dict[str, Any], state: Any = None, deterministic: bool = True
+        self,
+        observation: dict[str, Any],
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = True,
     ) -> tuple[Any, Any]:
         """As in Stable-Baselines3: the model's action in the env."""
-        return self.policy.predict(observation, state, deterministic=deterministic)
+        return self.policy.predict(observation, state, episode_start, deterministic)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on exactly from here, as a tree of tensors and JSON values."""
         return {
             "agent": self.name,
-            "config": dataclasses.asdict(self.config),
+            "config": _plain(dataclasses.asdict(self.config)),
             "seed": self.seed,
             "rounds": self.rounds,
-            "generators": [self.generator.get_state(), self.env._generator.get_state()],
+            "generators": [g.get_state() for g in self._generators()],
             "ledger": self.env.ledger.counts(),
             "parts": {name: _get(getattr(self, name)) for name in self.persistent},
         }
@@ -232,20 +257,27 @@ class Agent:
         """Go on from a ``state``.
 
         Raises:
-            CheckpointError: It is another agent's, or was made with other settings.
+            CheckpointError: It is another agent's, was made with other settings, or does not fit this env.
         """
-        if state.get("agent") != self.name:
-            raise CheckpointError(f"this is the state of {state.get('agent')!r}, not {self.name!r}")
-        if state["config"] != _plain(dataclasses.asdict(self.config)):
+        _owned(state, self.name, "this state")
+        if state.get("config") != _plain(dataclasses.asdict(self.config)):
             raise CheckpointError(f"this state of {self.name} was made with other settings")
-        self.rounds = state["rounds"]
-        self.generator.set_state(state["generators"][0])
-        self.env._generator.set_state(state["generators"][1])
-        for key, value in state["ledger"].items():
-            setattr(self.env.ledger, key, value)
-        for name, value in state["parts"].items():
-            setattr(self, name, _set(getattr(self, name), value, self.device))
+        try:
+            for name, value in state["parts"].items():
+                setattr(self, name, _set(getattr(self, name), value, self.device))
+            for generator, value in zip(self._generators(), state["generators"], strict=True):
+                generator.set_state(value)
+            self.rounds = state["rounds"]
+            for key, value in state["ledger"].items():
+                setattr(self.env.ledger, key, value)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"this state of {self.name} does not fit here (another task, network or device?): {error}"
+            ) from error
         return self
+
+    def _generators(self) -> list[torch.Generator]:
+        return [self.generator, self.env._generator, self.env.reference.generator]
 
     def save(self, path: str | Path) -> None:
         """Write the agent as a zip of safetensors and JSON (never pickle), whole or not at all."""
@@ -268,9 +300,21 @@ class Agent:
             except (OSError, KeyError, zipfile.BadZipFile) as error:
                 raise CheckpointError(f"{path} is no saved agent ({error})") from None
             state = unpack(inner)
-        if state.get("agent") != cls.name:
-            raise CheckpointError(f"{path} holds {state.get('agent')!r}, not {cls.name!r}")
-        return cls(env, _config(cls.Config, state["config"]), seed=state["seed"]).restore(state)
+        _owned(state, cls.name, path)
+        try:
+            config, seed = _config(cls.Config, state["config"]), state["seed"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} holds settings that {cls.name} has not: {error}"
+            ) from None
+        return cls(env, config, seed=seed).restore(state)
+
+
+def _owned(state: Any, name: str, what: Any) -> None:
+    """Refuse what is no state of the agent ``name``."""
+    owner = state.get("agent") if isinstance(state, dict) else None
+    if owner != name:
+        raise CheckpointError(f"{what} is of {owner!r}, not of {name!r}")
 
 
 def _plain(value: Any) -> Any:

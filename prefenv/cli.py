@@ -124,7 +124,7 @@ class Train:
 
     task: str = "shapes"
     out: Path | None = None
-    seed: int = 1
+    seed: int = 0
     iterations: int | None = None
     device: str = "auto"
     json: bool = False

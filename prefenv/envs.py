@@ -119,7 +119,7 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
 
     def _observation(self, x: Tensor, i: int) -> dict[str, Any]:
         shape, dtype = (self.num_envs, 1), torch.float32
-        t = torch.full(shape, i / self.steps, dtype=dtype, device=self.device)
+        t = torch.full(shape, float(self.reference.times[i]), dtype=dtype, device=self.device)
         return {"x": self._face(x.flatten(1).clone()), "t": self._face(t)}
 
     def _rows(self, observation: dict[str, Any]) -> Any:

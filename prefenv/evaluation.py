@@ -25,7 +25,10 @@ from prefenv.tasks import Task
 
 
 class Generator(Protocol):
-    """What can be evaluated: noises to samples, and the flows that do it."""
+    """What can be evaluated: noises to samples, and the flows that do it (none = it has no likelihood).
+
+    It may have a ``kl_bound() -> float`` too, an upper bound of its ``KL(B || A)``.
+    """
 
     def sample(self, noise: Tensor) -> Tensor: ...
     def chain(self) -> list[RectifiedFlow]: ...
@@ -114,11 +117,15 @@ def chain_log_prob(
 
 
 def kl_divergence(
-    flows: list[RectifiedFlow], reference: RectifiedFlow, n: int = 256, steps: int = 16
+    flows: list[RectifiedFlow],
+    reference: RectifiedFlow,
+    n: int = 256,
+    steps: int = 16,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """``KL(B || A)`` in nats by the flows' log-likelihoods (RK4, Hutchinson), and its standard error."""
     device = reference.device
-    rng = make_generator(0, device, "evaluation kl")
+    rng = make_generator(seed, device, "evaluation kl")
     noise = torch.randn(n, *reference.event_shape, generator=rng, device=device)
     x, log_b = chain_log_prob(flows, noise, steps, rng)
     log_a = reference.log_prob(x, steps, "rk4", generator=rng)
@@ -137,12 +144,14 @@ class Evaluation:
         score: ``1 - D(B, p*) / D(A, p*)``, D the energy distance: 0 = the reference, 1 = the optimum.
         optimum_score: The score of ``p*`` against itself, two independent sets: what sampling noise leaves.
         beta: Temperature of ``p*``.
-        kl_nats: ``KL(B || A)``.
+        kl_nats: ``KL(B || A)``; NaN where the model has no likelihood (it selects, or steers the noise).
         kl_stderr: Its standard error.
+        kl_bound_nats: What ``KL(B || A)`` is at most, where the model knows that without a likelihood, else NaN.
         frontier_kl_nats: The least KL at the model's mean reward.
         residual: Median residual of the model's samples.
         reference_residual: The same of the reference.
-        diversity: Mean distance between accepted samples, relative to ``p*``'s; 1 = as diverse.
+        diversity: Mean distance between accepted samples, relative to that of ``p*``'s accepted samples; 1 = as
+            diverse, NaN where ``p*`` has none.
         optimum_effective_size: Effective sample size behind ``p*``.
     """
 
@@ -154,6 +163,7 @@ class Evaluation:
     beta: float
     kl_nats: float
     kl_stderr: float
+    kl_bound_nats: float
     frontier_kl_nats: float
     residual: float
     reference_residual: float
@@ -191,7 +201,7 @@ class Judge:
         self.beta = task.beta if beta is None else beta
         rng = make_generator(0, stream="evaluation reference")
         noise = torch.randn(n_reference, *task.event_shape, generator=rng)
-        policy = FlowPolicy(reference, steps=steps)
+        policy = FlowPolicy(reference, steps=steps, shift=task.shift)
         self.samples = torch.cat([policy.sample(part).cpu() for part in noise.split(4096)])
         self.rewards = oracle.score(self.samples)
         chosen = optimum_samples(self.samples, self.rewards, self.beta, rng)
@@ -201,7 +211,12 @@ class Judge:
         self.optimum_reward = float((weight * self.rewards).sum())
         self.optimum_kl = float(frontier(self.rewards, torch.tensor([self.beta]))[1])
         self.distance = energy_distance(self.samples[:n], self.optimum)
-        self.spread = _spread(self.optimum)
+        if self.distance == 0:
+            raise ConfigError(
+                f"at beta={self.beta} the optimum is no other than the reference: lower beta, or take an oracle "
+                "that tells its samples apart"
+            )
+        self.spread = _spread(self.optimum[self.optimum_rewards() >= oracle.threshold])
         self.optimum_score = self.score(other)
         model_noise = make_generator(0, stream="evaluation model")
         self.noise = torch.randn(n, *task.event_shape, generator=model_noise)
@@ -215,7 +230,9 @@ class Judge:
         samples = model.sample(self.noise).cpu()
         rewards = self.oracle.score(samples)
         accepted = rewards >= self.oracle.threshold
-        nats, stderr = kl_divergence(model.chain(), self.reference) if kl else (math.nan, math.nan)
+        nats, stderr, flows = math.nan, math.nan, model.chain()
+        if kl and flows:
+            nats, stderr = kl_divergence(flows, self.reference)
         reward = float(rewards.double().mean())
         return Evaluation(
             reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
@@ -226,10 +243,11 @@ class Judge:
             beta=self.beta,
             kl_nats=nats,
             kl_stderr=stderr,
+            kl_bound_nats=getattr(model, "kl_bound", lambda: math.nan)(),
             frontier_kl_nats=frontier_kl(self.rewards, reward),
             residual=float(self.task.residual(samples).median()),
             reference_residual=float(self.task.residual(self.samples).median()),
-            diversity=_spread(samples[accepted]) / self.spread,
+            diversity=_spread(samples[accepted]) / self.spread if self.spread else math.nan,
             optimum_effective_size=self.effective_size,
         )
 

@@ -59,6 +59,8 @@ class FlowMDP:
         ledger: What was spent.
         desk: The door to the oracle.
         judgement: Judgements of the last finished samples, ``(num_envs,)``, NaN = no answer.
+        gradient: Their reward gradient ``(num_envs, *event_shape)``, where it was asked for.
+        times: The grid of times of an episode, ``(steps + 1,)``, from 0 to 1.
         clipped: Coordinates of each row clipped to the task's bound in this episode, ``(num_envs,)``.
 
     Raises:
@@ -108,7 +110,8 @@ class FlowMDP:
             )
         kernel = Kernel(kernel) if isinstance(kernel, str) else kernel
         self._generator = make_generator(0, self.device)
-        self.reference = FlowPolicy(flow.frozen().to(self.device), kernel, steps)
+        self.reference = self.policy(flow.frozen().to(self.device), kernel)
+        self.times = self.reference.times
         if self.kl_coef and control == "state" and len(self.reference.stochastic_steps) < steps:
             raise ConfigError(
                 "kl_coef needs a kernel with noise at every step (flow-sde, memoryless or constant, full "
@@ -129,7 +132,17 @@ class FlowMDP:
         self._x: Tensor | None = None
         self._i = 0
         self.judgement = torch.full((num_envs,), torch.nan, dtype=torch.float32, device=self.device)
+        self.gradient: Tensor | None = None
         self.clipped = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+
+    def policy(
+        self,
+        flow: RectifiedFlow,
+        kernel: Kernel | None = None,
+        generator: torch.Generator | None = None,
+    ) -> FlowPolicy:
+        """A flow as a policy on this env's grid of times."""
+        return FlowPolicy(flow, kernel, self.steps, generator, self.task.shift)
 
     @torch.no_grad()
     def begin(self, noise: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -155,12 +168,14 @@ class FlowMDP:
         return self._x, None
 
     @torch.no_grad()
-    def advance(self, action: Any) -> tuple[Tensor, Tensor]:
+    def advance(self, action: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Take a step. An error leaves state and ledger as they were, so that the next valid step goes on.
 
         Args:
             action: Next states ``(num_envs, *event_shape)`` or ``(num_envs, D)``; in ``noise`` control the
                 initial noises.
+            gradient: Ask for the reward gradient of what is finished, with its judgement: samples are then judged
+                one by one.
 
         Returns:
             The new states ``(num_envs, *event_shape)`` and rewards ``(num_envs,)``.
@@ -184,7 +199,10 @@ class FlowMDP:
             nfe *= 2
         last = self.control == "noise" or self._i + 1 == self.steps
         if last:
-            self.judgement = self.judge(state)
+            if gradient:
+                self.judgement, self.gradient = self.desk.gradient(state)
+            else:
+                self.judgement, self.gradient = self.judge(state), None
             reward = reward + self.judgement.masked_fill(self.judgement.isnan(), 0.0)
         self.ledger.nfe += nfe
         self.clipped = self.clipped + clipped

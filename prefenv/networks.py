@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,10 @@ class VelocityField(nn.Module):
         raise NotImplementedError
 
     def at(self, times: Tensor, condition: Tensor | None = None) -> list[VelocityAt]:
-        """One function ``x -> v(x, t)`` for each of ``times`` ``(K,)``, for parameters as they are now."""
+        """One function ``x -> v(x, t)`` for each of ``times`` ``(K,)``, for parameters as they are now.
+
+        Where gradients are off, a field may copy its parameters: the functions then never record a gradient.
+        """
         return [lambda x, t=t: self(x, t, condition) for t in times]  # type: ignore[misc]
 
 
@@ -105,19 +109,19 @@ class VelocityMLP(VelocityField):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         return self._body(x, self._bias(t, condition))
 
+    @torch.no_grad()
     def _snapshot(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """``_body`` with the weights of now, copied as (in, out) so that CPUs multiply small batches faster."""
+        """``_body`` without gradient, on copies of the weights of now; stored (in, out) they multiply faster."""
 
-        def copy(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-            return linear.bias.detach().clone(), linear.weight.detach().t().contiguous()
+        def copy(linear: Any) -> tuple[Tensor, Tensor]:
+            return linear.bias.clone(), linear.weight.t().contiguous()
 
-        def scale(norm: nn.LayerNorm) -> tuple[list[int], Tensor, Tensor, float]:
-            return [norm.bias.numel()], norm.weight.clone(), norm.bias.clone(), norm.eps
+        def scale(norm: Any) -> tuple[tuple[int, ...], Tensor, Tensor, float]:
+            return norm.normalized_shape, norm.weight.clone(), norm.bias.clone(), norm.eps
 
-        _, inp = copy(self.inp)
         layers = zip(self.norms, self.ups, self.downs, strict=True)
-        blocks = [(scale(n), *copy(up), *copy(down)) for n, up, down in layers]
-        last, (out_bias, out) = scale(self.norm), copy(self.out)
+        blocks = [(scale(norm), *copy(up), *copy(down)) for norm, up, down in layers]
+        (_, inp), last, (out_bias, out) = copy(self.inp), scale(self.norm), copy(self.out)
 
         @torch.no_grad()
         def body(x: Tensor, bias: Tensor) -> Tensor:
@@ -125,7 +129,8 @@ class VelocityMLP(VelocityField):
             for norm, up_bias, up, down_bias, down in blocks:
                 r = F.silu(torch.addmm(up_bias, F.layer_norm(h, *norm), up), inplace=True)
                 h.add_(down_bias).addmm_(r, down)
-            return torch.addmm(out_bias, F.silu(F.layer_norm(h, *last), inplace=True), out).view_as(x)
+            h = F.silu(F.layer_norm(h, *last), inplace=True)
+            return torch.addmm(out_bias, h, out).view_as(x)
 
         return body
 

@@ -178,8 +178,12 @@ class Desk:
     def gradient(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Judgements ``(n,)`` and their gradient ``(n, *event_shape)``, samples judged one by one.
 
+        Where there is no answer (NaN), or an answer that does not depend on the sample, the gradient is 0.
+
         Raises:
             NotDifferentiableError: The oracle has no gradient.
+            BudgetSpentError: The budget does not cover them; they are not asked.
+            NonFiniteError: It answered infinity, or an infinite gradient.
         """
         self._fits(1)
         if not self.differentiable:
@@ -188,7 +192,15 @@ class Desk:
         with torch.enable_grad():
             x = samples.detach().requires_grad_(True)
             reward = self._oracle.judge(x[:, None])[:, 0]
-            (grad,) = torch.autograd.grad(reward.sum(), x)
+            (grad,) = (
+                torch.autograd.grad(reward.sum(), x)
+                if reward.requires_grad
+                else (torch.zeros_like(x),)
+            )
+        silent = reward.isnan().view(-1, *[1] * (x.dim() - 1))
+        grad = grad.masked_fill(silent, 0.0)
+        if bool(reward.isinf().any()) or not bool(grad.isfinite().all()):
+            raise NonFiniteError("the oracle answered infinity, or with an infinite gradient")
         self.ledger.charge(len(samples), len(samples))
         self.ledger.gradients += len(samples)
         return reward.detach(), grad

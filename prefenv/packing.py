@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save as serialize
 
 from prefenv.checkpoints import read_safetensors
+from prefenv.errors import CheckpointError
 
 _FORMAT = "prefenv-state-1"
 
@@ -51,4 +52,7 @@ def unpack(path: Path) -> Any:
             return {k: fill(v) for k, v in node["__dict__"]}
         return node
 
-    return fill(json.loads(header["tree"]))
+    try:
+        return fill(json.loads(header["tree"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its tree cannot be read ({error!r})") from None

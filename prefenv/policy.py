@@ -6,6 +6,8 @@ actions. ``collect`` plays one round and returns a ``Rollout``.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,21 +17,23 @@ from torch import Tensor
 
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError
-from prefenv.flow import RectifiedFlow
+from prefenv.flow import RectifiedFlow, time_grid
 from prefenv.kernels import Kernel, Reduction, gaussian_log_prob
+from prefenv.networks import VelocityAt
 
 if TYPE_CHECKING:
     from prefenv.envs import FlowVectorEnv
 
 
 class FlowPolicy:
-    """A flow that walks the grid ``t_i = i / steps`` with a kernel.
+    """A flow that walks a grid of times from 0 to 1 with a kernel.
 
     Args:
         flow: The velocity field and its ODE.
         kernel: How a stochastic step is drawn.
         steps: Steps from noise to data.
         generator: Source of the steps' noise; None = a new one, seed 0, on the flow's device.
+        shift: Of the grid, see ``time_grid``; 1 = equal steps.
     """
 
     def __init__(
@@ -38,20 +42,30 @@ class FlowPolicy:
         kernel: Kernel | None = None,
         steps: int = 16,
         generator: torch.Generator | None = None,
+        shift: float = 1.0,
     ):
-        if steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {steps}")
         self.flow = flow
         self.kernel = kernel or Kernel()
-        self.steps = steps
+        self.steps, self.shift = steps, float(shift)
         self.generator = generator or make_generator(0, flow.device)
-        self.times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        self.times = time_grid(steps, shift)
         self.table = self.kernel.coefficients(self.times[:-1], self.times[1:])
+        self._lengths = self.times.diff().tolist()
         self._rows = [tuple(float(c) for c in row) for row in zip(*self.table, strict=True)]
-        self._cache: tuple[Any, Any] = (None, None)
+        self._forget()
+
+    def _forget(self) -> None:
+        # The frozen flow's velocities with what they were made from; its parameters; what ``hold`` holds.
+        self._cache: tuple[Any, list[VelocityAt]] = (None, [])
+        self._tables: tuple[Any, list[Any]] = (None, [])
+        self._held: tuple[Any, list[VelocityAt]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": (None, None)}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_tables", "_held")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     @property
     def stochastic_steps(self) -> list[int]:
@@ -62,17 +76,47 @@ class FlowPolicy:
         """Standard deviation of step ``i``; 0 = deterministic."""
         return self._rows[i][2]
 
+    @contextmanager
+    def hold(self, x: Tensor, condition: Tensor | None = None) -> Generator[None, None, None]:
+        """While open, the weights stay as they are: what depends on time alone is computed once, not per step."""
+        outer = self._held
+        with torch.no_grad():
+            fields = None if condition is not None else self._frozen(x)
+            self._held = (condition, fields or self._at(x, condition))
+        try:
+            yield
+        finally:
+            self._held = outer
+
     def velocity(self, x: Tensor, i: int, condition: Tensor | None = None) -> Tensor:
         """``v(x, t_i)`` without gradient. A frozen flow's time embeddings are computed once and kept."""
         with torch.no_grad():
-            if condition is not None or any(p.requires_grad for p in self.flow.parameters()):
+            if self._held is not None and self._held[0] is condition:
+                return self._held[1][i](x)
+            fields = None if condition is not None else self._frozen(x)
+            if fields is None:
                 return self.flow.velocity(x, float(self.times[i]), condition)
-            # Frozen weights change only by load_state_dict, which bumps their versions.
-            key = (self.flow, self.flow.device, sum(p._version for p in self.flow.parameters()))
-            if self._cache[0] != key:
-                times = self.times[:-1].to(self.flow.device, torch.float32)
-                self._cache = (key, self.flow.field.at(times))
-            return self._cache[1][i](x)
+            return fields[i](x)
+
+    def _at(self, x: Tensor, condition: Tensor | None) -> list[VelocityAt]:
+        return self.flow.field.at(self.times[:-1].to(x), condition)
+
+    def _frozen(self, x: Tensor) -> list[VelocityAt] | None:
+        """The velocities of a frozen flow, made once and kept; None for a flow that can be trained."""
+        weights = self._weights()
+        if any(p.requires_grad for p in weights):
+            return None
+        # Frozen weights change only by load_state_dict and averaging, which bump their versions.
+        key = (self.flow, x.device, x.dtype, sum(p._version for p in weights))
+        if self._cache[0] != key:
+            self._cache = (key, self._at(x, None))
+        return self._cache[1]
+
+    def _weights(self) -> list[Tensor]:
+        # Walking the modules would cost a tenth of a small step, so their tables of parameters are kept.
+        if self._tables[0] is not self.flow:
+            self._tables = (self.flow, [m._parameters for m in self.flow.modules()])
+        return [p for table in self._tables[1] for p in table.values() if p is not None]
 
     def mean(self, x: Tensor, v: Tensor, i: int) -> Tensor:
         """Mean of step ``i`` from ``x`` with velocity ``v``; differentiable in both."""
@@ -86,7 +130,7 @@ class FlowPolicy:
         v = self.velocity(x, i, condition)
         _, b, std = self._rows[i]
         if deterministic or std == 0:
-            return torch.add(x, v, alpha=1.0 / self.steps if deterministic else b), None
+            return torch.add(x, v, alpha=self._lengths[i] if deterministic else b), None
         mean = self.mean(x, v, i)
         noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype, device=x.device)
         action = torch.add(mean, noise, alpha=std)
@@ -134,15 +178,19 @@ class FlowPolicy:
             Actions of the kind and shape of ``observation["x"]``, and ``state``.
         """
         given = observation["x"]
-        x = torch.as_tensor(given, dtype=torch.float32, device=self.flow.device)
-        t = torch.as_tensor(observation["t"]).reshape(-1)
-        index = (t * self.steps).round().long()
-        i = int(index[0])
-        if not 0 <= i < self.steps or bool((index != i).any()):
-            raise ConfigError("predict wants rows at one common time t = i / steps, 0 <= t < 1")
+        weights = self._weights()
+        device = weights[0].device if weights else self.flow.device
+        x = torch.as_tensor(given, dtype=torch.float32, device=device)
+        times = [float(t) for t in torch.aminmax(torch.as_tensor(observation["t"]))]
+        i = last = self.steps
+        if 0 <= times[0] <= times[1] <= 1:
+            # The inverse of time_grid: how many steps lie behind a time.
+            i, last = (round(self.shift * t / (1 - t + self.shift * t) * self.steps) for t in times)
+        if i >= self.steps or last != i:
+            raise ConfigError("predict wants rows at one common time of its grid, 0 <= t < 1")
         condition = observation.get("condition")
         if condition is not None:
-            condition = torch.as_tensor(condition).reshape(-1).to(self.flow.device)
+            condition = torch.as_tensor(condition).reshape(-1).to(device)
         rows = x.reshape(-1, *self.flow.event_shape)
         action = self.act(rows, i, condition, deterministic)[0].reshape(x.shape)
         return (action.cpu().numpy() if isinstance(given, np.ndarray) else action), state
@@ -151,8 +199,9 @@ class FlowPolicy:
     def sample(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Finished samples by the ODE, ``(n, *event_shape)``: deterministic in the noise."""
         x = noise.to(self.flow.device)
-        for i in range(self.steps):
-            x, _ = self.act(x, i, condition, deterministic=True)
+        with self.hold(x, condition):
+            for i in range(self.steps):
+                x, _ = self.act(x, i, condition, deterministic=True)
         return x
 
 
@@ -177,6 +226,7 @@ class Rollout:
         reward: Return of each row, ``(B,)``: judgements (0 for no answer) and the env's KL cost.
         panel_size: Samples of a panel.
         condition: Class of each row, or None.
+        gradient: Reward gradients ``(B, *event_shape)`` of the samples, where they were asked for.
     """
 
     path: Tensor
@@ -185,6 +235,7 @@ class Rollout:
     reward: Tensor
     panel_size: int
     condition: Tensor | None = None
+    gradient: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -213,28 +264,38 @@ class Rollout:
         return values.unflatten(0, (-1, self.panel_size))
 
 
-def collect(env: FlowVectorEnv, policy: FlowPolicy) -> Rollout:
+def collect(env: FlowVectorEnv, policy: FlowPolicy, *, gradient: bool = False) -> Rollout:
     """Play one round with a policy: from fresh noises to judged samples.
 
     Args:
         env: The environment, with ``control="state"``.
         policy: The generator; its steps must be the env's.
+        gradient: Ask for the samples' reward gradient too: they are then judged one by one.
     """
     if policy.steps != env.steps:
         raise ConfigError(f"the policy takes {policy.steps} steps, the environment {env.steps}")
+    if not torch.equal(policy.times, env.times):
+        raise ConfigError(
+            "the policy walks another grid of times than the environment: use env.policy(flow)"
+        )
     x, condition = env.begin()
-    path, log_probs, reward = [x], [], x.new_zeros(len(x))
-    for i in range(policy.steps):
-        action, log_prob = policy.act(x, i, condition)
-        x, step_reward = env.advance(action)
-        path.append(x)
-        log_probs.append(x.new_zeros(len(x)) if log_prob is None else log_prob)
-        reward = reward + step_reward
+    path, reward = x.new_empty(policy.steps + 1, *x.shape), x.new_zeros(len(x))
+    log_probs = x.new_zeros(policy.steps, len(x))
+    path[0] = x
+    with policy.hold(x, condition):
+        for i in range(policy.steps):
+            action, log_prob = policy.act(x, i, condition)
+            x, step_reward = env.advance(action)
+            path[i + 1] = x
+            if log_prob is not None:
+                log_probs[i] = log_prob
+            reward = reward + step_reward
     return Rollout(
-        torch.stack(path),
-        torch.stack(log_probs),
+        path,
+        log_probs,
         env.judgement.clone(),
         reward,
         env.panel_size,
         condition,
+        env.gradient,
     )

@@ -25,6 +25,11 @@ AGENTS = {
     "pfm": "agents.pfm:PFM",
     "d3po": "agents.d3po:D3PO",
     "ppo": "agents.ppo:PPO",
+    "grpo": "agents.grpo:GRPO",
+    "dpok": "agents.dpok:DPOK",
+    "flow-dpo": "agents.flow_dpo:FlowDPO",
+    "dspo": "agents.dspo:DSPO",
+    "rwr": "agents.rwr:RWR",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",

@@ -115,6 +115,7 @@ class RunConfig:
             oracle=self.oracle,
             panel_size=self.panel_size,
             steps=self.steps,
+            control=lookup("agent", parse(self.agent)[0]).control,
             max_queries=self.queries,
             checkpoint=self.checkpoint,
             device=self.device,
@@ -192,7 +193,12 @@ def align(
 def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
     """The reference's samples (red) above each model's from the same noises (green)."""
     noise = judge.noise[:n]
-    reference = FlowPolicy(judge.reference, steps=judge.steps).sample(noise).cpu().numpy()
+    reference = (
+        FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
+        .sample(noise)
+        .cpu()
+        .numpy()
+    )
     rows = [reference, *(m.sample(noise).cpu().numpy() for m in models.values())]
     colors = [plotting.RED, *[plotting.GREEN] * len(models)]
     return plotting.sheet(judge.task, rows, colors, ["reference", *models])

@@ -78,7 +78,7 @@ def train_reference(
         x, _ = task.data(config.batch, data_rng)
         x1 = x.to(where)
         x0 = torch.randn(x1.shape, generator=rng, device=where)
-        loss = flow.residual(x0, x1, stratified_uniform(len(x1), rng)).mean()
+        loss = flow.residual(x0, x1, stratified_uniform(len(x1), rng) ** config.early).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.clip)
@@ -112,7 +112,7 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
     rng = make_generator(10_000)
     noise = torch.randn(n, *task.event_shape, generator=rng)
     data, kind = task.data(n, rng)
-    samples = FlowPolicy(flow, steps=steps).sample(noise).cpu()
+    samples = FlowPolicy(flow, steps=steps, shift=task.shift).sample(noise).cpu()
     with torch.no_grad():
         fine = flow.integrate(noise.to(flow.device), steps, "heun").cpu()
     log_prob = flow.log_prob(
@@ -126,7 +126,7 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
         return round(float(task.residual(x).median()), 4)
 
     return {
-        "sampler": f"euler, {steps} steps",
+        "sampler": f"euler, {steps} steps, shift {task.shift}",
         "class_rate": rates(task.classify(samples)),
         "class_rate_heun": rates(task.classify(fine)),
         "class_rate_data": rates(kind),

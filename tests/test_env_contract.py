@@ -348,7 +348,7 @@ class MissingKey(Changed):
 
 class OutsideItsSpace(Changed):
     def observe(self, observation):
-        return {**observation, "t": observation["t"] + 0.5}
+        return {**observation, "t": observation["t"] + 1.0}
 
 
 class ReusedBuffer(Changed):

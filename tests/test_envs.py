@@ -108,11 +108,12 @@ def play(env, policy=None):
 
 
 def test_the_reward_is_the_score_of_the_finished_sample_and_0_before():
-    env = gym.make_vec("prefenv/Shapes-v0", num_envs=8)
+    env = gym.make_vec("prefenv/Shapes-v0", num_envs=32)
     observation, info = env.reset(seed=0)
     assert info == {}
     for i in range(16):
-        np.testing.assert_allclose(observation["t"], i / 16)
+        u = i / 16  # the shapes task walks the grid of shift 2
+        np.testing.assert_allclose(observation["t"], u / (2 - u), rtol=1e-6)
         action, _ = env.unwrapped.reference.predict(observation, deterministic=True)
         observation, reward, terminated, truncated, info = env.step(action)
         assert not truncated.any()
@@ -198,8 +199,12 @@ def test_one_seed_gives_one_row_and_one_env_the_same_noise():
 # KL cost
 
 
-def by_hand(x, t, h, level):
+GRID = [0, 1 / 7, 1 / 3, 3 / 5, 1]  # u / (2 - u) at u = i / 4: the shapes task's grid of 4 steps
+
+
+def by_hand(x, i, level):
     """Mean and std of a ``flow-sde`` step of ``gaussian()``, written out."""
+    t, h = GRID[i], GRID[i + 1] - GRID[i]
     v = (t * 0.25 - (1 - t)) / ((1 - t) ** 2 + 0.25 * t**2) * x
     sigma2 = level**2 * (1 - t) / (t or h)
     return x + h * (v + sigma2 / 2 * (t * v - x) / (1 - t)), np.sqrt(sigma2 * h)
@@ -213,7 +218,7 @@ def test_kl_coef_is_the_gaussian_path_kl(kernel, level, size):
     observation, _ = env.reset(seed=0)
     for i in range(4):
         action = size * noises(5, seed=i)
-        mean, std = by_hand(observation["x"].astype(float), i / 4, 0.25, level)
+        mean, std = by_hand(observation["x"].astype(float), i, level)
         expected = -0.1 * (np.square(action - mean).sum(1) / (2 * std**2) - D / 2)
         observation, reward, *_ = env.step(action)
         np.testing.assert_allclose(reward, expected + 0.75 * (i == 3), rtol=2e-5)
@@ -294,7 +299,7 @@ def test_an_action_that_is_not_finite_changes_nothing(bad, kl_coef):
         env.step(broken)
     assert env.ledger.counts() == before
     mine, theirs = env.step(action), twin.step(action)
-    np.testing.assert_array_equal(mine[0]["t"], 0.5)
+    np.testing.assert_allclose(mine[0]["t"], GRID[2], rtol=1e-6)
     np.testing.assert_array_equal(mine[0]["x"], theirs[0]["x"])
     np.testing.assert_array_equal(mine[1], theirs[1])
 
@@ -436,7 +441,7 @@ def test_noises_and_actions_of_another_shape_are_refused(shape):
     env.reset(seed=0)
     with pytest.raises(ConfigError, match=r"action has shape .* expected \(4, 128\)"):
         env.step(np.zeros(shape))
-    np.testing.assert_array_equal(env.step(np.zeros((4, D)))[0]["t"], 0.25)
+    np.testing.assert_allclose(env.step(np.zeros((4, D)))[0]["t"], GRID[1], rtol=1e-6)
 
 
 def test_calls_out_of_order_and_unknown_options_are_refused():

@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 
 from prefenv.errors import ConfigError, NoLogProbError
-from prefenv.flow import RectifiedFlow
+from prefenv.flow import RectifiedFlow, time_grid
 from prefenv.kernels import KERNELS, Kernel
-from prefenv.networks import GaussianVelocity
+from prefenv.networks import GaussianVelocity, VelocityMLP
 from prefenv.policy import FlowPolicy, Rollout, collect
 
 STEPS = 5
@@ -261,7 +261,7 @@ def test_no_steps_is_refused(small_flow):
 class Corridor:
     """An env of six rows in panels of three, reduced to what ``collect`` uses: step ``i`` pays ``i``."""
 
-    panel_size, steps = 3, STEPS
+    panel_size, steps, times = 3, STEPS, time_grid(STEPS)
 
     def __init__(self):
         self.seen, self.judgement = [], torch.full((6,), torch.nan)
@@ -322,3 +322,41 @@ def test_cuda_replays_its_own_draws(small_flow):
     there = policy.predict(given, deterministic=True)[0]
     here = FlowPolicy(flow.clone().cpu(), steps=STEPS).predict(given, deterministic=True)[0]
     np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0, 3.0])
+def test_a_shifted_grid_is_walked_and_found_again(shift):
+    """The grid's closed form; a policy on it is Euler on it; predict finds every step by its time."""
+    times = time_grid(16, shift)
+    u = torch.arange(17, dtype=torch.float64) / 16
+    torch.testing.assert_close(times, u / (u + shift * (1 - u)))
+    assert bool((times.diff() > 0).all()) and times[0] == 0 and times[-1] == 1
+    flow = small_flow_of(shift)
+    policy = FlowPolicy(flow, Kernel("ode"), 16, shift=shift)
+    x = y = torch.randn(5, *flow.event_shape)
+    for i in range(16):
+        y = y + float(times[i + 1] - times[i]) * flow.velocity(y, float(times[i]))
+        seen = {"x": x.flatten(1), "t": times[i].float().expand(5, 1)}
+        x = policy.predict(seen, deterministic=True)[0].reshape(x.shape)
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(policy.sample(y * 0 + 1), walk_by_hand(flow, y * 0 + 1, times))
+
+
+def small_flow_of(seed):
+    torch.manual_seed(int(seed * 10))
+    flow = RectifiedFlow(VelocityMLP((3, 2), width=16, blocks=1))
+    torch.nn.init.normal_(flow.field.out.weight, std=0.3)
+    return flow.frozen()
+
+
+def walk_by_hand(flow, x, times):
+    for t, h in zip(times[:-1], times.diff(), strict=True):
+        x = x + float(h) * flow.velocity(x, float(t))
+    return x
+
+
+def test_a_policy_on_another_grid_is_refused():
+    """A rollout whose states lie at other times than the policy thinks would be silently wrong."""
+    policy = FlowPolicy(small_flow_of(1), Kernel("ode"), STEPS, shift=2.0)
+    with pytest.raises(ConfigError, match="grid"):
+        collect(Corridor(), policy)

@@ -161,7 +161,8 @@ def test_wrong_sizes_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    ("queries", "panel", "rows"), [(4096, 4, 128), (12, 4, 4), (4, 4, 4), (1000, 4, 20), (64, 16, 16)]
+    ("queries", "panel", "rows"),
+    [(4096, 4, 128), (12, 4, 4), (4, 4, 4), (1000, 4, 20), (64, 16, 16)],
 )
 def test_a_budget_fills_its_rounds_exactly(queries, panel, rows):
     config = RunConfig(agent="ppo", queries=queries, panel_size=panel)

@@ -20,6 +20,8 @@ class TrainConfig:
         batch: Samples per step, fresh from the task's generator.
         lr: Peak learning rate of the one-cycle schedule.
         weight_decay: AdamW's.
+        early: Times are ``t = u^early``, u uniform: above 1, more of them near the noise, where classes are
+            decided. The velocity that minimises the loss is the same.
         ema: Decay of the weight average that becomes the checkpoint.
         clip: Largest gradient norm.
     """
@@ -28,6 +30,7 @@ class TrainConfig:
     batch: int = 512
     lr: float = 2e-3
     weight_decay: float = 1e-4
+    early: float = 2.0
     ema: float = 0.995
     clip: float = 1.0
 
@@ -41,6 +44,7 @@ class Task:
         default_oracle: Name of the oracle that judges where none is given.
         classes: Names of the classes ``classify`` tells apart.
         beta: Temperature of the stated optimum ``p* ~ p_ref exp(r / beta)``.
+        shift: Of the grid of times on which samples are made, see ``prefenv.flow.time_grid``; 1 = equal steps.
         bound: Largest absolute coordinate an action may have; the data lies far inside.
         train: How the reference is trained.
     """
@@ -49,6 +53,7 @@ class Task:
     default_oracle: str
     classes: tuple[str, ...] = ()
     beta: float = 0.1
+    shift: float = 1.0
     bound: float = 10.0
     train: TrainConfig = field(default_factory=TrainConfig)
 

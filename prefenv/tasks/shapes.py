@@ -73,6 +73,9 @@ class Shapes(Task):
     name: str = "shapes"
     default_oracle: str = "s-curve"
     classes: tuple[str, ...] = ("roll", "s-curve")
+    shift: float = (
+        2.0  # roll or S is decided before t = 0.3: equal steps would make 22 % S curves of 25 %
+    )
     points: int = 64
     s_rate: float = 0.25
     noise: float = 0.03

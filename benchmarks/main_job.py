@@ -1,0 +1,134 @@
+"""The main job over seeds: four agents at 4,096 judged samples, and ``hil-dd`` after three informative panels.
+
+    python -m benchmarks.main_job            about 5 minutes on 2 cores; finished runs are not repeated
+
+Writes ``main_job.jsonl`` (a summary a run), ``main_job.md`` (the tables) and the demo's two figures to
+``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import tyro
+
+from prefenv.demo import compare, demo
+from prefenv.evaluation import Evaluation, Judge
+from prefenv.registry import make_agent
+from prefenv.runs import RunConfig, versions
+
+RESULTS = Path(__file__).parent / "results"
+AGENTS = ("hil-dd", "pfm", "d3po", "ppo")
+_NUMBERS = {
+    "preferred_rate": "preferred rate",
+    "score": "score",
+    "residual_ratio": "residual / reference's",
+    "diversity": "diversity",
+    "kl_nats": "KL (nats)",
+    "frontier_kl_nats": "frontier KL",
+    "seconds": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run the main job over seeds.
+
+    Args:
+        seeds: How many seeds, from 0.
+        queries: Budget of each run in judged samples.
+        work: Folder of the run directories.
+        out: Folder of the results.
+    """
+
+    seeds: int = 5
+    queries: int = 4096
+    work: Path = Path("runs/main_job")
+    out: Path = RESULTS
+
+
+def after_panels(judge: Judge, seed: int, panels: int = 3) -> tuple[Evaluation, int]:
+    """``hil-dd`` stopped after so many informative panels of 4, and how many panels it was shown."""
+    env = gym.make_vec("prefenv/Shapes-v0", num_envs=4, panel_size=4)
+    agent = make_agent("hil-dd", env, seed=seed)
+    seen = 0.0
+
+    def stop(_: object, metrics: dict[str, float]) -> bool:
+        nonlocal seen
+        seen += metrics["informative"]
+        return seen < panels
+
+    agent.learn(4000, callback=stop)
+    return judge.evaluate(agent), env.unwrapped.ledger.panels
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median and range."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main(args: Args) -> None:
+    """Run what is missing, and write the results."""
+    base = RunConfig(queries=args.queries)
+    judge = base.judge()
+    rows = []
+    for seed in range(args.seeds):
+        configs = [dataclasses.replace(base, agent=a, seed=seed) for a in AGENTS]
+        rows += compare(configs, args.work / f"seed{seed}", judge)
+    for row in rows:
+        row["residual_ratio"] = row["residual"] / row["reference_residual"]
+    lines = [
+        "# The main job: four agents, one budget",
+        "",
+        f"`python -m benchmarks.main_job`, {args.seeds} seeds from 0, {args.queries} judged samples in panels of "
+        f"4. Median and range over the seeds. Reference: preferred rate "
+        f"{rows[0]['reference_preferred_rate']:.3f}, residual {rows[0]['reference_residual']:.4f}; optimum at beta "
+        f"{judge.beta}: score against itself {judge.optimum_score:.3f}, mean reward {judge.optimum_reward:.3f}, "
+        f"KL {judge.optimum_kl:.2f} nats.",
+        "",
+        f"| agent | {' | '.join(_NUMBERS.values())} |",
+        "|---" * (len(_NUMBERS) + 1) + "|",
+    ]
+    for agent in AGENTS:
+        mine = [r for r in rows if r["agent"] == agent]
+        cells = [
+            spread([r[k] for r in mine], 1 if k in ("kl_nats", "seconds") else 3) for k in _NUMBERS
+        ]
+        lines.append(f"| `{agent}` | {' | '.join(cells)} |")
+    few = [after_panels(judge, seed) for seed in range(args.seeds)]
+    lines += [
+        "",
+        "`hil-dd` after 3 informative panels of 4 (some but not all of the four chosen): preferred rate "
+        f"{spread([e.preferred_rate for e, _ in few])}, score {spread([e.score for e, _ in few])}, residual "
+        f"{spread([e.residual / e.reference_residual for e, _ in few], 2)} times the reference's; panels shown: "
+        f"{', '.join(str(n) for _, n in few)}.",
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
+        "",
+    ]
+    rows += [
+        {
+            "experiment": "hil-dd after 3 informative panels",
+            "seed": s,
+            "panels": n,
+            **dataclasses.asdict(e),
+        }
+        for s, (e, n) in enumerate(few)
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "main_job.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (args.out / "main_job.md").write_text("\n".join(lines))
+    demo(args.work / "seed0", AGENTS, base)
+    for name in ("shapes.png", "frontier.png"):
+        (args.out / name).write_bytes((args.work / "seed0" / name).read_bytes())
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,146 @@
+"""Small worlds with known answers: agents on the probe, and Gaussians whose optimum has a closed form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from prefenv.flow import RectifiedFlow
+from prefenv.networks import GaussianVelocity, VelocityField
+from prefenv.oracle import ScriptedOracle
+from prefenv.registry import lookup
+from prefenv.tasks import Task
+from prefenv.testing.probe import probe_env, right
+
+ROWS = 64
+
+# Settings under which an agent learns the probe in seconds, and the share of samples on the preferred side
+# that it then reaches in 15 rounds. An agent that is not listed keeps its own and must only move the right way.
+QUICK: dict[str, tuple[dict, float | None]] = {
+    "hil-dd": ({"lr": 3e-3, "data_weight": 0.1, "data_batch": 64}, 0.7),
+    "pfm": ({"lr": 5e-3, "updates": 10, "batch": 64}, 0.95),
+    "d3po": ({"lr": 5e-3, "eps": 0.5, "anchor": 0.1}, 0.85),
+    "ppo": ({"lr": 5e-3}, 0.95),
+}
+
+
+def left(samples):
+    return 1 - right(samples)
+
+
+def constant(value):
+    return lambda panels: torch.full(panels.shape[:2], value)
+
+
+def silent(panels):
+    return torch.full(panels.shape[:2], math.nan)
+
+
+def sometimes(panels):
+    """No answer for about half of the samples."""
+    return right(panels).masked_fill(panels[..., 1] > 0, math.nan)
+
+
+def probe_agent(name, answer=right, *, seed=0, quick=True, num_envs=ROWS, env=None, **settings):
+    """An agent on the probe; ``settings`` are its Config's."""
+    cls = lookup("agent", name) if isinstance(name, str) else name
+    config = replace(cls.Config(), **{**(QUICK.get(name, ({},))[0] if quick else {}), **settings})
+    env = env or probe_env(answer, num_envs)[0]
+    return cls(env, config, seed=seed)
+
+
+def noises(n=2000, dim=2):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(7))
+
+
+def share(agent) -> float:
+    """How many of its samples lie on the right."""
+    return float((agent.sample(noises())[:, 0] > 0).float().mean())
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [v.clone() for v in module.state_dict().values()]
+
+
+def same(one, other) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+# Gaussians
+
+
+@dataclass(frozen=True)
+class Plain(Task):
+    """Points in space, without data or network of their own."""
+
+    name: str = "plain"
+    default_oracle: str = ""
+    dim: int = 1
+
+    @property
+    def event_shape(self):
+        return (self.dim,)
+
+    def residual(self, x):
+        return x.norm(dim=1)
+
+
+class Linear(ScriptedOracle):
+    """``r = a . x``."""
+
+    def __init__(self, task, slope, threshold=0.0):
+        super().__init__(task)
+        self.slope, self.threshold = torch.as_tensor(slope), threshold
+
+    def score(self, samples):
+        return samples @ self.slope.to(samples)
+
+
+class LinearVelocity(VelocityField):
+    """``dx/dt = A x``: carries ``x`` to ``expm(A) x``."""
+
+    def __init__(self, matrix):
+        super().__init__((len(matrix),))
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x, t, condition=None):
+        return x @ self.matrix.T
+
+
+def gaussian(mean, std, dtype=torch.float32) -> RectifiedFlow:
+    """The exact flow to ``N(mean, diag std^2)``."""
+    mean, std = torch.broadcast_tensors(
+        torch.as_tensor(mean, dtype=dtype), torch.as_tensor(std, dtype=dtype)
+    )
+    return RectifiedFlow(GaussianVelocity(mean, std, mean.shape))
+
+
+def gaussian_kl(mean_b, cov_b, mean_a, cov_a) -> float:
+    """``KL(N_b || N_a)`` in nats."""
+    gap, inverse = mean_a - mean_b, torch.linalg.inv(cov_a)
+    log_det = torch.logdet(cov_a) - torch.logdet(cov_b)
+    return float(((inverse @ cov_b).trace() + gap @ inverse @ gap - len(gap) + log_det) / 2)
+
+
+def euler_gain(std, steps=16) -> float:
+    """Standard deviation that Euler's steps give the flow to ``N(m, std^2)``; its mean is exact."""
+    times = [i / steps for i in range(steps)]
+    rate = [(t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2) for t in times]
+    return math.prod(1 + r / steps for r in rate)
+
+
+class Chain:
+    """Flows as a model that can be evaluated."""
+
+    def __init__(self, *flows, steps=16):
+        self.flows, self.steps = list(flows), steps
+
+    def chain(self):
+        return self.flows
+
+    def sample(self, noise):
+        for flow in self.flows:
+            noise = flow.integrate(noise, self.steps)
+        return noise
