@@ -96,11 +96,11 @@ class D3PO(Agent):
                 class is decided (the first 8 of 16 on the shapes grid).
         """
 
-        lr: float = 5e-4
+        lr: float = 8e-4
         beta: float = 0.1
         eps: float = 0.1
         clamp: Clamp = "one-sided"
-        anchor: float = 1.0
+        anchor: float = 2.0
         tie: float = 0.05
         margin: float = 0.0
         epochs: int = 1

@@ -4,12 +4,14 @@
     A = r - V(x_t, t),   V = argmin E (V(x_t, t) - r)^2,   rho = p_theta(x_u | x_t) / p_old(x_u | x_t)
 
 Fan et al. 2023 (DPOK, arXiv 2305.16381). The KL is the true one of the step's two Gaussians, to the *reference*,
-summed over dimensions; added up over the steps it is at least the KL of the samples, so at ``kl_coef = beta`` the
-loss bounds the alignment problem ``E[r] - beta KL``. Public code differs in three ways. google-research's clamps
-the ratio without PPO's maximum (``clamp="two-sided"``): the gradient is zero outside the band even where the ratio
-moved the wrong way. Its KL is the mean square of the two predictions' difference, without the step's coefficient.
-The "DPOK" beside D3PO takes the KL of two softmaxes over the *batch*, 0 for a batch of one, to the old policy.
-The baseline is fitted after it was used: it does not know the round that it is subtracted from.
+summed over dimensions; its sum over the steps is at least the KL of the samples, so that at ``kl_coef = beta`` the
+loss bounds the alignment problem ``E[r] - beta KL`` (its gradient takes the visited states as given, as in the
+paper). The baseline is fitted after it was used: it does not know the round that it is subtracted from.
+
+Public code differs in three ways. google-research's clamps the ratio without PPO's maximum
+(``clamp="two-sided"``): the gradient is zero outside the band even where the ratio moved the wrong way. Its KL is
+the mean square of the two predictions' difference, without the step's coefficient. The "DPOK" beside D3PO takes
+the KL of two softmaxes over the *batch*, which is 0 for a batch of one, to the old policy.
 """
 
 from __future__ import annotations
@@ -95,12 +97,12 @@ class DPOK(PPO):
             kernel: The stochastic step; by default only the early steps are stochastic.
         """
 
-        lr: float = 2e-4
+        lr: float = 3e-4
         clip_range: float = 0.2
         clamp: Clamp = "one-sided"
-        epochs: int = 3
+        epochs: int = 2
         minibatches: int = 2
-        kl_coef: float = 0.01
+        kl_coef: float = 0.02
         anchor: float = 10.0
         max_grad_norm: float = 1.0
         value_lr: float = 1e-3

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from agents.flow_dpo import FlowDPO, dpo_margin
+from agents.flow_dpo import FlowDPO, Proposals, dpo_margin
 from prefenv.matching import Points, matching_error, row_mean
 
 
@@ -41,12 +41,32 @@ class DSPO(FlowDPO):
     """Direct score preference optimisation."""
 
     @dataclass(frozen=True)
-    class Config(FlowDPO.Config):
+    class Config:
         """Settings of ``dspo``.
 
         Args:
             proposals: Who makes the samples: ``model`` (online) or the ``reference`` (offline).
+            memory: Rounds that are learned from, the last ones; 0 = all so far.
+            beta: Strength of the preference; for errors averaged over dimensions.
+            horizon: Times are below this.
+            anchor: Weight of the velocity's distance to the reference's beyond the horizon.
+            tie: Judgements that differ by no more than this are a tie and make no pair.
+            lr: Adam's learning rate.
+            updates: Gradient steps per round.
+            batch: Pairs per gradient step.
+            max_grad_norm: Largest gradient norm.
         """
+
+        proposals: Proposals = "reference"
+        memory: int = 0
+        beta: float = 0.5
+        horizon: float = 1.0
+        anchor: float = 0.0
+        tie: float = 0.3
+        lr: float = 1e-4
+        updates: int = 20
+        batch: int = 64
+        max_grad_norm: float = 1.0
 
     name: ClassVar[str] = "dspo"
 

@@ -66,15 +66,15 @@ class FlowDPO(MatchingAgent):
             max_grad_norm: Largest gradient norm.
         """
 
-        proposals: Proposals = "model"
-        memory: int = 1
-        beta: float = 100.0
+        proposals: Proposals = "reference"
+        memory: int = 0
+        beta: float = 10.0
         schedule: Literal["constant", "noise"] = "constant"
-        horizon: float = 1.0
-        anchor: float = 0.0
-        tie: float = 0.05
+        horizon: float = 0.3
+        anchor: float = 10.0
+        tie: float = 0.3
         lr: float = 1e-4
-        updates: int = 30
+        updates: int = 10
         batch: int = 64
         max_grad_norm: float = 1.0
 
@@ -89,7 +89,12 @@ class FlowDPO(MatchingAgent):
         ref_w, ref_l = matching_error(reference, at.target).view(-1, 2).unbind(1)
         beta = cfg.beta * at.t[::2].square() if cfg.schedule == "noise" else cfg.beta
         margin = dpo_margin(error_w, error_l, ref_w, ref_l, beta)
-        return dpo_loss(margin), margin
+        return dpo_loss(margin) + self.anchor(), margin
+
+    def anchor(self) -> Tensor | float:
+        """What holds the velocity to the reference's beyond the horizon."""
+        cfg = self.config
+        return cfg.anchor * self.drift_beyond(cfg.horizon, cfg.batch) if cfg.anchor else 0.0
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg = self.config
@@ -101,9 +106,6 @@ class FlowDPO(MatchingAgent):
             rows = torch.stack([winner[pair], loser[pair]], 1).flatten()
             at = self.points(rows, shared=2, window=(0.0, cfg.horizon))
             loss, margin = self.objective(at)
-            loss = loss.mean()
-            if cfg.anchor and cfg.horizon < 1:
-                loss = loss + cfg.anchor * self.drift_beyond(cfg.horizon, cfg.batch)
-            metrics["loss"] += self.descend(loss) / cfg.updates
+            metrics["loss"] += self.descend(loss.mean()) / cfg.updates
             metrics["accuracy"] += float((margin > 0).float().mean()) / cfg.updates
         return metrics

@@ -100,17 +100,18 @@ class GRPO(PPO):
             spread: What a panel's advantages are divided by: ``group``, ``global`` or ``unbiased``.
             trust: What keeps the policy near the old one: ``clip``, ``guard`` or ``divergence``.
             divergence: Largest KL of a step to the old policy, in nats (``divergence``).
-            slide: Rounds until the stochastic window moves on by one step, in a circle; 0 = it stays.
+            slide: Rounds until the stochastic window moves on by one step, in a circle; 0 = it stays. The
+                anchor holds only what lies outside the kernel's own window.
             window: Stochastic steps at a time, out of the kernel's, when it slides.
             kl_coef: Weight of the Gaussian KL to the reference, per step.
-            anchor: Weight of the velocity's drift from the reference on the deterministic steps.
+            anchor: Weight of the velocity's drift from the reference on the kernel's deterministic steps.
             max_grad_norm: Largest gradient norm.
             kernel: The stochastic step; by default only the early steps are stochastic.
         """
 
-        lr: float = 2e-4
+        lr: float = 3e-4
         clip_range: float = 0.2
-        epochs: int = 3
+        epochs: int = 2
         minibatches: int = 2
         adv_clip: float = 5.0
         spread: Spread = "global"
@@ -118,7 +119,7 @@ class GRPO(PPO):
         divergence: float = 0.02
         slide: int = 0
         window: int = 4
-        kl_coef: float = 0.0
+        kl_coef: float = 0.02
         anchor: float = 10.0
         max_grad_norm: float = 1.0
         kernel: Kernel = Kernel("flow-sde", 0.7, (0.0, 0.3125))
@@ -136,20 +137,25 @@ class GRPO(PPO):
             raise ConfigError("grpo: slide must be at least 0 and window at least 1")
         self.prepare()
 
+    def noisy(self) -> list[int]:
+        """The steps that have noise in this round."""
+        cfg, steps = self.config, self.frozen.stochastic_steps
+        if not cfg.slide:
+            return steps
+        start = self.rounds // cfg.slide % max(1, len(steps) - cfg.window + 1)
+        return steps[start : start + cfg.window]
+
     def behaviour(self) -> FlowPolicy:
-        """The model's policy, with noise in this round's window."""
-        cfg = self.config
-        if cfg.slide:
-            steps, times = self.frozen.stochastic_steps, self.frozen.times.tolist()
-            start = self.rounds // cfg.slide % max(1, len(steps) - cfg.window + 1)
-            chosen = steps[start : start + cfg.window]
-            kernel = replace(cfg.kernel, window=(times[chosen[0]], times[chosen[-1] + 1]))
-            self.policy = self.env.policy(self.model, kernel, self.generator)
-        return self.policy
+        """The model with noise in this round's window; outside it, its ODE."""
+        if not self.config.slide:
+            return self.policy
+        steps, times = self.noisy(), self.policy.times.tolist()
+        kernel = replace(self.config.kernel, window=(times[steps[0]], times[steps[-1] + 1]))
+        return self.env.policy(self.model, kernel, self.generator)
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg, policy, seen = self.config, self.policy, []
-        batch = rollout.transitions(policy.stochastic_steps)
+        batch = rollout.transitions(self.noisy())
         judgement = rollout.panels(rollout.judgement)
         advantage = group_advantages(judgement, cfg.adv_clip, cfg.spread).flatten()[batch.row]
         step, old_mean = policy.times.diff().to(advantage)[batch.index], batch.x

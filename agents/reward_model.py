@@ -1,51 +1,53 @@
-"""A reward learned from few judgements, on a graph of the generator's own unlabelled samples.
+"""A reward learned from few answers, on a graph of the generator's own unlabelled samples.
 
-**Graph.** A few hundred *anchors* (k-means++) cover the pool; a sample is a mixture ``z`` of its nearest anchors, so
-a function of samples is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are neighbours as far as
-pool samples lie between them, ``W = Z'Z`` without its diagonal (an anchor graph: Liu, He & Chang 2010, ICML). With
-``lambda, U`` the spectrum of ``I - D^-1/2 W D^-1/2``, member ``k`` of the ensemble is the Gaussian process
+**Graph.** A few hundred *anchors* (k-means++) cover the samples; a sample is a mixture ``z`` of its nearest anchors,
+so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as samples lie
+between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With ``lambda, U`` the
+spectrum of ``I - D^-1/2 W D^-1/2``, a member ``(k, s)`` of the ensemble is the Gaussian process
 
-    f ~ m + s GP(0, C_k),   C_k = corr(U diag((lambda + lambda_k)^-2) U'),   s = range of the answers / 2
+    f ~ GP(mean, unit^2 C_k),   C_k = corr(U diag((lambda + lambda_k)^-2) U'),   unit = range of the answers / 2,
 
-(Matern on a graph: Borovitskiy et al. 2021, AISTATS): about ``k`` numbers describe it. What no sample connects, as
-two kinds of shapes, is independent; along what is connected, few answers go far.
+a Matern process on the graph (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of samples
+that no sample connects are independent in it, and along what is connected one answer goes far: distances are
+those of the plain coordinates, and nothing is known of classes.
 
-**Answers** may be wrong: ``y_i ~ (1 - e) N(r(x_i), sigma^2) + e U(range)``, fitted by EM (``q_i`` = probability that
-answer ``i`` was meant; ``sigma`` and ``e`` are estimated too). The members are averaged with weights
-``exp(sum_i log p(y_i | all others))``, the leave-one-out density in closed form (Yao et al. 2018, Bayesian Analysis).
-
-**Questions** are the anchors whose answers are expected to leave the least variance in sum over the anchors
-(transductive experimental design: Yu, Bi & Tresp 2006, ICML), one after the other:
-``argmax_a |C_a|^2 / (C_aa + sigma^2)``, then ``C`` is conditioned on the answer.
+**Answers** may be wrong: ``y_i ~ (1 - e) N(r(x_i), s unit^2) + e U(range)``. ``q_i``, the probability that answer
+``i`` was meant, and the belief are found in turn (EM); the members are averaged by their evidence.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+SIZES = (2, 4, 8, 16, 32)
+NOISES = (1e-3, 1e-2, 1e-1, 0.5)
+
 
 def kmeans(x: Tensor, count: int, generator: torch.Generator, steps: int = 10) -> Tensor:
     """``count`` centres of points ``(n, D)``: k-means++ (Arthur & Vassilvitskii 2007) and Lloyd's steps."""
-    first = torch.randint(len(x), (1,), generator=generator, device=x.device)
-    chosen, square = [first], torch.full_like(x[:, 0], math.inf)
+    index = torch.randint(len(x), (1,), generator=generator, device=x.device)
+    chosen, square = [index], torch.full_like(x[:, 0], torch.inf)
     for _ in range(count - 1):
-        square = torch.minimum(square, (x - x[chosen[-1]]).square().sum(1))
-        chosen.append(torch.multinomial(square + 1e-12, 1, generator=generator))
+        square = torch.minimum(square, (x - x[index]).square().sum(1))
+        index = torch.multinomial(square + 1e-12, 1, generator=generator)
+        chosen.append(index)
     centre = x[torch.cat(chosen)]
     for _ in range(steps):
         near = torch.cdist(x, centre).argmin(1)
-        number = torch.bincount(near, minlength=count)[:, None]
-        total = torch.zeros_like(centre).index_add_(0, near, x)
-        centre = torch.where(number > 0, total / number.clamp_min(1), centre)
+        members = torch.nn.functional.one_hot(near, count).to(x.dtype)
+        number = members.sum(0)[:, None]
+        centre = torch.where(number > 0, members.T @ x / number.clamp_min(1), centre)
     return centre
 
 
 def mixture(x: Tensor, anchors: Tensor, near: int = 5) -> Tensor:
-    """Weights ``(n, m)`` of each point's ``near`` nearest anchors: ``1 - d^2 / d_next^2``, summing to 1; float64."""
+    """Weights ``(n, m)``, float64, of each point's ``near`` nearest anchors: ``1 - d^2 / d_next^2``, normalised."""
+    near = min(near, len(anchors) - 1)
     distance, index = torch.cdist(x, anchors).double().topk(near + 1, largest=False)
     square = distance.square()
     weight = (1 - square[:, :-1] / square[:, -1:].clamp_min(1e-12)).clamp_min(1e-9)
@@ -53,28 +55,34 @@ def mixture(x: Tensor, anchors: Tensor, near: int = 5) -> Tensor:
     return weight.new_zeros(len(x), len(anchors)).scatter_(1, index[:, :-1], weight)
 
 
-def graph_factors(z: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Factors ``F_k`` ``(m, m)`` of the members' correlations, ``C_k = F_k F_k'``, from mixtures ``(n, m)``."""
+def graph_factors(z: Tensor, sizes: Sequence[int] = SIZES, rank: int = 64) -> Tensor:
+    """Factors ``F_k`` ``(len(sizes), m, rank)`` of the members' correlations ``C_k = F_k F_k'``.
+
+    Args:
+        z: Mixtures of the samples, ``(n, m)``.
+        sizes: The members' ``k``.
+        rank: Eigenvectors kept, the smoothest.
+    """
     link = z.T @ z
     link = link - link.diag().diag()
     scale = link.sum(1).clamp_min(1e-9).rsqrt()
     eye = torch.eye(len(link), dtype=z.dtype, device=z.device)
     value, vector = torch.linalg.eigh(eye - scale[:, None] * link * scale)
-    value = value.clamp_min(1e-6)
-    factors = [vector / (value + value[k - 1]) for k in sizes]
-    return [f / f.norm(dim=1, keepdim=True) for f in factors]
+    value, vector = value[:rank].clamp_min(1e-6), vector[:, :rank]
+    factors = torch.stack([vector / (value + value[min(k, len(value)) - 1]) for k in sizes])
+    return factors / factors.norm(dim=2, keepdim=True).clamp_min(1e-12)
 
 
 @dataclass
 class Belief:
-    """What is believed of the reward at the anchors.
+    """What is believed of the reward, at the anchors.
 
     Args:
         mean: ``(m,)``.
-        covariance: ``(m, m)``.
+        covariance: ``(m, m)``, of the members and between them.
         noise: Variance of an answer that was meant.
         meant: Probability that each answer was meant, ``(n,)``.
-        weight: Weights of the members, ``(members,)``.
+        weight: The members' weights ``(sizes, noises)``.
     """
 
     mean: Tensor
@@ -84,60 +92,98 @@ class Belief:
     weight: Tensor
 
 
-def fit_member(
-    factor: Tensor, z: Tensor, y: Tensor, steps: int = 20
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One Gaussian process with wrong answers, by EM, for answers in units of half their range.
+def members(
+    factors: Tensor, z: Tensor, y: Tensor, precision: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Posteriors of ``f = F b, b ~ N(0, I)`` given ``y_i ~ N(z_i f, noise / precision_i)``, of all members at once.
 
     Args:
-        factor: ``F``, ``(m, m)``.
-        z: Mixtures of the judged samples, ``(n, m)``.
-        y: Answers ``(n,)`` within a range of 2, less their mean.
-        steps: EM steps.
+        factors: ``(k, m, rank)``.
+        z: ``(n, m)``.
+        y: ``(n,)``.
+        precision: ``(n,)``.
+        noise: ``(s,)``.
 
     Returns:
-        Mean ``(m,)``, factor of the covariance ``(m, m)``, noise variance, ``q`` ``(n,)`` and the leave-one-out
-        log-density.
+        Means ``(k, s, m)``, factors of the covariances ``(k, s, m, rank)``, and log-evidence ``(k, s)`` up to what all
+        members share.
     """
-    phi = z @ factor
-    n, m = phi.shape
-    eye = torch.eye(m, dtype=z.dtype, device=z.device)
-    meant, noise, wrong = torch.ones_like(y), y.var(correction=0).clamp_min(1e-4), 0.1
-    for _ in range(steps):
-        root = torch.linalg.cholesky(eye + phi.T @ (phi * meant[:, None]) / noise)
-        half = torch.linalg.solve_triangular(root, phi.T, upper=False)  # (m, n)
-        beta = torch.cholesky_solve((phi.T @ (meant * y) / noise)[:, None], root)[:, 0]
-        mean, var = phi @ beta, half.square().sum(0)
-        square = (y - mean).square() + var
-        right = (1 - wrong) * (-square / (2 * noise)).exp() / (2 * math.pi * noise).sqrt()
-        meant = right / (right + wrong / 2)
-        noise = ((meant * square).sum() / meant.sum().clamp_min(1)).clamp_min(1e-3)
-        wrong = float(((1 - meant).sum() + 1) / (n + 10))
-    pull = (var * meant / noise).clamp_max(1 - 1e-6)
-    left_mean, left_var = (mean - pull * y) / (1 - pull), var / (1 - pull) + noise
-    right = (-(y - left_mean).square() / (2 * left_var)).exp() / (2 * math.pi * left_var).sqrt()
-    score = ((1 - wrong) * right + wrong / 2).log().sum()
-    spread = torch.linalg.solve_triangular(root, factor.T, upper=False).T
-    return factor @ beta, spread, noise, meant, score
+    weighted = z * precision[:, None]
+    inner = factors.mT @ (weighted.T @ z) @ factors  # (k, r, r)
+    right = factors.mT @ (weighted.T @ y)  # (k, r)
+    eye = torch.eye(inner.shape[-1], dtype=z.dtype, device=z.device)
+    scaled = right[:, None] / noise[:, None]  # (k, s, r)
+    root = torch.linalg.cholesky(eye + inner[:, None] / noise[:, None, None])
+    half = torch.linalg.solve_triangular(root, scaled[..., None], upper=False)
+    spread = torch.linalg.solve_triangular(root, factors.mT[:, None], upper=False).mT
+    misfit = (precision * y.square()).sum() / noise - half.square().sum((-2, -1))
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + precision.sum() * noise.log()
+    return (spread @ half)[..., 0], spread, -0.5 * (misfit + log_det)
 
 
-def fit(factors: list[Tensor], z: Tensor, y: Tensor) -> Belief:
-    """The ensemble's belief after answers ``y`` ``(n,)`` about samples of mixtures ``z`` ``(n, m)``."""
-    m = z.shape[1]
+def fit(factors: Tensor, z: Tensor, y: Tensor, steps: int = 8, wrong: float = 0.1) -> Belief:
+    """The ensemble's belief.
+
+    Args:
+        factors: Of the members' correlations, ``(k, m, rank)``.
+        z: Mixtures of the judged samples, ``(n, m)``.
+        y: Their answers ``(n,)``.
+        steps: EM steps.
+        wrong: Expected share of wrong answers, worth ten answers.
+    """
+    noise = torch.tensor(NOISES, dtype=z.dtype, device=z.device)
     y = y.to(z)
-    unit = float((y.max() - y.min()) / 2) if len(y) else 0.0
-    if unit < 1e-6:
+    unit = float(y.max() - y.min()) / 2 if len(y) else 0.0
+    if unit < 1e-6:  # nothing is known but, at most, one number
         centre = float(y.mean()) if len(y) else 0.0
-        prior = sum(f @ f.T for f in factors) / len(factors)
-        even = torch.full((len(factors),), 1 / len(factors), dtype=z.dtype)
-        return Belief(z.new_full((m,), centre), prior, 1e-2, torch.ones_like(y), even)
-    centre = y.mean()
-    fits = [fit_member(f, z, (y - centre) / unit) for f in factors]
-    weight = torch.stack([score for *_, score in fits]).softmax(0)
-    mean = sum(w * f[0] for w, f in zip(weight, fits))
-    covariance = sum(
-        w * (f[1] @ f[1].T + torch.outer(f[0] - mean, f[0] - mean)) for w, f in zip(weight, fits)
+        prior = (factors @ factors.mT).mean(0)
+        even = z.new_full((len(factors), len(noise)), 1 / (len(factors) * len(noise)))
+        return Belief(z.new_full(z.shape[1:], centre), prior, 1e-2, torch.ones_like(y), even)
+    centre, meant, share = y.mean(), torch.ones_like(y), wrong
+    y = (y - centre) / unit
+    for step in range(steps):
+        means, spread, evidence = members(factors, z, y, meant, noise)
+        weight = evidence.flatten().softmax(0).view_as(evidence)
+        mean = (weight[..., None] * means).sum((0, 1))
+        gap = means - mean
+        root = weight.sqrt()[..., None]
+        parts = torch.cat([(root[..., None] * spread).flatten(0, 1), (root * gap).mT], -1) if 0 else None
+        covariance = torch.einsum("ks,ksmr,ksnr->mn", weight, spread, spread)
+        covariance = covariance + torch.einsum("ks,ksm,ksn->mn", weight, gap, gap)
+        level = (weight.sum(0) * noise).sum()
+        if step == steps - 1:
+            break
+        var = ((z @ covariance) * z).sum(1) + level
+        right = (1 - share) * (-(y - z @ mean).square() / (2 * var)).exp() / (2 * math.pi * var).sqrt()
+        meant = right / (right + share / 2)
+        share = float(((1 - meant).sum() + 10 * wrong) / (len(y) + 10))
+    return Belief(
+        centre + unit * mean, unit**2 * covariance, unit**2 * float(level), meant, weight
     )
-    noise = float(sum(w * f[2] for w, f in zip(weight, fits)))
-    meant = sum(w * f[3] for w, f in zip(weight, fits))
-    return Belief(centre + unit * mean, covariance * unit**2, noise * unit**2, meant, weight)
+
+
+def choose(
+    belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int
+) -> Tensor:
+    """Which samples to ask about, ``(count,)``: those whose answers leave the least variance at the anchors.
+
+    Transductive experimental design (Yu, Bi & Tresp 2006, ICML), greedily: anchor ``argmax |C_a|^2 / (C_aa + s)``,
+    the sample nearest to it that was asked least often, ``C`` conditioned on its answer.
+
+    Args:
+        belief: What is believed.
+        z: Mixtures of the samples, ``(n, m)``.
+        square: Squared distances of samples and anchors, ``(n, m)``.
+        times: How often each sample was asked, ``(n,)``.
+        count: How many, at most n.
+    """
+    c, times, chosen = belief.covariance.clone(), times.clone(), []
+    far = 2 * float(square.max()) + 1
+    for _ in range(count):
+        anchor = int((c.square().sum(1) / (c.diag() + belief.noise)).argmax())
+        pick = int((square[:, anchor] + far * times).argmin())
+        chosen.append(pick)
+        times[pick] += 1
+        column = c @ z[pick]
+        c = c - torch.outer(column, column) / (z[pick] @ column + belief.noise)
+    return torch.tensor(chosen, device=z.device)

@@ -29,7 +29,8 @@ def reward_weights(reward: Tensor, tau: float, normalise: bool = True) -> Tensor
     if not normalise:
         return (tau * reward).exp().nan_to_num(0.0)
     seen = ~reward.isnan()
-    return torch.softmax((tau * reward).masked_fill(~seen, -torch.inf), 0) * seen.sum()
+    weight = torch.softmax((tau * reward).masked_fill(~seen, -torch.inf), 0) * seen.sum()
+    return weight.nan_to_num(0.0)
 
 
 def rwr_loss(error: Tensor, weight: Tensor, drift: Tensor, alpha: float) -> Tensor:
@@ -57,12 +58,12 @@ class RWR(MatchingAgent):
             max_grad_norm: Largest gradient norm.
         """
 
-        proposals: Literal["model", "reference"] = "model"
-        memory: int = 1
-        tau: float = 5.0
+        proposals: Literal["model", "reference"] = "reference"
+        memory: int = 0
+        tau: float = 10.0
         normalise: bool = True
         alpha: float = 0.0
-        lr: float = 3e-4
+        lr: float = 1e-4
         updates: int = 30
         batch: int = 128
         max_grad_norm: float = 1.0

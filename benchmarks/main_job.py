@@ -3,7 +3,7 @@
     python -m benchmarks.main_job            about 5 minutes on 2 cores; finished runs are not repeated
 
 Writes ``main_job.jsonl`` (a summary a run), ``main_job.md`` (the tables) and the demo's two figures to
-``benchmarks/results/``.
+``benchmarks/results/``, and the table to the README, between its ``results`` marks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import tyro
@@ -73,6 +74,26 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+def agent_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown line per agent: median and range over the seeds."""
+    lines = [f"| agent | {' | '.join(_NUMBERS.values())} |", "|---" * (len(_NUMBERS) + 1) + "|"]
+    for agent in AGENTS:
+        mine = [r for r in rows if r["agent"] == agent]
+        cells = [
+            spread([r[k] for r in mine], 1 if k in ("kl_nats", "seconds") else 3) for k in _NUMBERS
+        ]
+        lines.append(f"| `{agent}` | {' | '.join(cells)} |")
+    return lines
+
+
+def update_readme(path: Path, table: list[str], note: str) -> None:
+    """Put the table between the README's ``results`` marks."""
+    head, _, rest = path.read_text().partition("<!-- results -->")
+    _, mark, tail = rest.partition("<!-- /results -->")
+    body = "\n".join(["", *table, "", note, ""])
+    path.write_text(f"{head}<!-- results -->{body}{mark}{tail}")
+
+
 def main(args: Args) -> None:
     """Run what is missing, and write the results."""
     base = RunConfig(queries=args.queries)
@@ -83,24 +104,18 @@ def main(args: Args) -> None:
         rows += compare(configs, args.work / f"seed{seed}", judge)
     for row in rows:
         row["residual_ratio"] = row["residual"] / row["reference_residual"]
+    table = agent_table(rows)
     lines = [
         "# The main job: four agents, one budget",
         "",
         f"`python -m benchmarks.main_job`, {args.seeds} seeds from 0, {args.queries} judged samples in panels of "
         f"4. Median and range over the seeds. Reference: preferred rate "
-        f"{rows[0]['reference_preferred_rate']:.3f}, residual {rows[0]['reference_residual']:.4f}; optimum at beta "
-        f"{judge.beta}: score against itself {judge.optimum_score:.3f}, mean reward {judge.optimum_reward:.3f}, "
-        f"KL {judge.optimum_kl:.2f} nats.",
+        f"{rows[0]['reference_preferred_rate']:.3f}, residual {rows[0]['reference_residual']:.4f}; "
+        f"optimum at beta {judge.beta}: score against itself {judge.optimum_score:.3f}, "
+        f"mean reward {judge.optimum_reward:.3f}, KL {judge.optimum_kl:.2f} nats.",
         "",
-        f"| agent | {' | '.join(_NUMBERS.values())} |",
-        "|---" * (len(_NUMBERS) + 1) + "|",
+        *table,
     ]
-    for agent in AGENTS:
-        mine = [r for r in rows if r["agent"] == agent]
-        cells = [
-            spread([r[k] for r in mine], 1 if k in ("kl_nats", "seconds") else 3) for k in _NUMBERS
-        ]
-        lines.append(f"| `{agent}` | {' | '.join(cells)} |")
     few = [after_panels(judge, seed) for seed in range(args.seeds)]
     lines += [
         "",
@@ -127,6 +142,13 @@ def main(args: Args) -> None:
     demo(args.work / "seed0", AGENTS, base)
     for name in ("shapes.png", "frontier.png"):
         (args.out / name).write_bytes((args.work / "seed0" / name).read_bytes())
+    if args.out == RESULTS:
+        note = (
+            f"Median (range) over {args.seeds} seeds at {args.queries:,} judged samples, one core a run. The "
+            f"reference's preferred rate is {rows[0]['reference_preferred_rate']:.3f}. "
+            "Made by `python -m benchmarks.main_job`."
+        )
+        update_readme(RESULTS.parents[1] / "README.md", table, note)
     print("\n".join(lines))
 
 

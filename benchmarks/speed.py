@@ -2,7 +2,7 @@
 
 Cases are taken in turns on one thread, and a ratio is the median over the rounds, the range beside it; on a CPU
 the time is the process's own. The full run prints its table and keeps it in ``benchmarks/results/speed.md`` and
-``speed.json``; ``--quick`` tries everything small, and keeps nothing unless ``--out`` says where.
+``speed.json``; ``--quick`` tries everything small, has no goals, and keeps nothing unless ``--out`` says where.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from benchmarks.speed_timing import Found, Row
 from benchmarks.speed_training import against_sb3, reference_training
 
 RESULTS = Path(__file__).parent / "results"
+HAS_SB3 = find_spec("stable_baselines3") is not None
 
 NOTES = """\
 What is compared:
@@ -108,7 +110,9 @@ def measure(size: Size, device: str) -> tuple[Found, list[dict[str, Any]]]:
         found.add(against_bare_loop(rows, goal, rounds, device))
     say(f"SyncVectorEnv on {device}")
     found.add(against_sync_vector_env(*size.sync, device))
-    for settings in size.sb3:
+    if not HAS_SB3:
+        say("not Stable-Baselines3: it is not installed (pip install 'prefenv[sb3]')")
+    for settings in size.sb3 if HAS_SB3 else ():
         say(f"Stable-Baselines3, {settings[0]} rows on {device}")
         found.add(against_sb3(*settings, device))
     say(f"reference training on {device}")
@@ -137,7 +141,7 @@ def machine() -> str:
 
 def versions() -> str:
     """The versions that matter, in one line."""
-    names = ("torch", "numpy", "gymnasium", "stable-baselines3", "prefenv")
+    names = ["torch", "numpy", "gymnasium", *["stable-baselines3"] * HAS_SB3, "prefenv"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)])
 
 
@@ -212,6 +216,9 @@ def main(argv: list[str] | None = None) -> int:
         more, held = measure(QUICK if args.quick else FULL, device)
         found.add(more)
         memory += held
+    if args.quick:  # too small to be held against the goals
+        for row in found.rows:
+            row.goal = None
     given = sys.argv[1:] if argv is None else argv
     header = {
         "Command": f"`{shlex.join(['python', '-m', 'benchmarks.speed', *given])}`",

@@ -267,7 +267,7 @@ class Agent:
                 setattr(self, name, _set(getattr(self, name), value, self.device))
             for generator, value in zip(self._generators(), state["generators"], strict=True):
                 generator.set_state(value)
-            self.rounds = state["rounds"]
+            self.rounds, self.seed = state["rounds"], state["seed"]
             for key, value in state["ledger"].items():
                 setattr(self.env.ledger, key, value)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,6 +213,9 @@ def main(argv: list[str] | None = None) -> int:
         0; 1 for a failed check; 2 for a user's mistake, told in one line on stderr; 130 for Ctrl-C.
     """
     sys.path.insert(0, "")  # a user's own module:Class lies where they are
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Networks this small gain little from a second thread, and lose tenfold where others use the cores.
+        torch.set_num_threads(1)
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["--version"], ["-V"]):
         print(f"prefenv {prefenv.__version__} (torch {torch.__version__})")

@@ -28,6 +28,10 @@ class Points(NamedTuple):
     sample: Tensor
     condition: Tensor | None = None
 
+    def rows(self, index: Tensor) -> Points:
+        """Some of them."""
+        return Points(*(None if values is None else values[index] for values in self))
+
 
 def row_mean(values: Tensor) -> Tensor:
     """Mean over everything but the rows, ``(B,)``."""
@@ -48,8 +52,8 @@ def blend_(average: RectifiedFlow, flow: RectifiedFlow, decay: float) -> None:
 class MatchingAgent(Agent):
     """Base of the matching agents: ODE proposals, a pool of judged samples, and one optimiser step.
 
-    Its ``Config`` has ``lr``, ``max_grad_norm`` and ``memory`` (rounds that the pool keeps, 0 = all); where it has
-    ``proposals``, that is ``model`` (online) or ``reference`` (offline).
+    Its ``Config`` has ``lr`` and ``max_grad_norm``. It may have ``proposals``, ``model`` (online, the default) or
+    ``reference`` (offline), and ``memory``, the rounds that the pool keeps (1 is the default, 0 = all).
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("model", "optimizer", "pool")
@@ -71,7 +75,7 @@ class MatchingAgent(Agent):
         new = {"sample": rollout.samples, "judgement": rollout.judgement}
         if rollout.condition is not None:
             new["condition"] = rollout.condition
-        keep = self.config.memory * len(rollout.judgement)
+        keep = getattr(self.config, "memory", 1) * len(rollout.judgement)
         pool = {k: torch.cat([self.pool[k], v]) if self.pool else v for k, v in new.items()}
         self.pool = {k: v[-keep:] for k, v in pool.items()}
 

@@ -225,7 +225,7 @@ class FlowMDP:
     def _batch(self, values: Any, what: str) -> Tensor:
         """Values as float32 rows ``(num_envs, *event_shape)`` on the device."""
         if not isinstance(values, Tensor):
-            values = torch.from_numpy(np.array(values))
+            values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
         if (given := tuple(values.shape)) not in self._shapes:
             raise ConfigError(f"{what} has shape {given}, expected {self._shapes[1]}")
         return values.to(self.device, torch.float32).reshape(self._shapes[0])

@@ -123,14 +123,22 @@ class VelocityMLP(VelocityField):
         blocks = [(scale(norm), *copy(up), *copy(down)) for norm, up, down in layers]
         (_, inp), last, (out_bias, out) = copy(self.inp), scale(self.norm), copy(self.out)
 
-        @torch.no_grad()
-        def body(x: Tensor, bias: Tensor) -> Tensor:
+        def run(x: Tensor, bias: Tensor) -> Tensor:
             h = torch.addmm(bias, x.flatten(1), inp)
             for norm, up_bias, up, down_bias, down in blocks:
                 r = F.silu(torch.addmm(up_bias, F.layer_norm(h, *norm), up), inplace=True)
                 h.add_(down_bias).addmm_(r, down)
             h = F.silu(F.layer_norm(h, *last), inplace=True)
             return torch.addmm(out_bias, h, out).view_as(x)
+
+        @torch.no_grad()
+        def body(x: Tensor, bias: Tensor) -> Tensor:
+            rows = 512 * torch.get_num_threads()
+            if x.device.type != "cpu" or len(x) <= rows:
+                return run(x, bias)
+            # Hidden layers of so few rows stay in a CPU's cache.
+            biases = bias.split(rows) if bias.dim() == 2 else [bias] * -(-len(x) // rows)
+            return torch.cat([run(*part) for part in zip(x.split(rows), biases, strict=True)])
 
         return body
 

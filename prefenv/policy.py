@@ -285,7 +285,7 @@ def collect(env: FlowVectorEnv, policy: FlowPolicy, *, gradient: bool = False) -
     with policy.hold(x, condition):
         for i in range(policy.steps):
             action, log_prob = policy.act(x, i, condition)
-            x, step_reward = env.advance(action)
+            x, step_reward = env.advance(action, gradient)
             path[i + 1] = x
             if log_prob is not None:
                 log_probs[i] = log_prob

@@ -29,7 +29,14 @@ AGENTS = {
     "dpok": "agents.dpok:DPOK",
     "flow-dpo": "agents.flow_dpo:FlowDPO",
     "dspo": "agents.dspo:DSPO",
+    "kto": "agents.kto:KTO",
+    "mapo": "agents.mapo:MaPO",
+    "nft": "agents.nft:NFT",
+    "awm": "agents.awm:AWM",
+    "dgpo": "agents.dgpo:DGPO",
     "rwr": "agents.rwr:RWR",
+    "best-of-n": "agents.best_of_n:BestOfN",
+    "rft": "agents.rft:RFT",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
@@ -115,6 +122,20 @@ def make_oracle(name: str, task: Any) -> Any:
     return make("oracle", name, task)
 
 
+def agent_config(name: str) -> Any:
+    """The ``Config`` that a text names: the agent's defaults, and the settings behind the name.
+
+    Raises:
+        UnknownNameError: Unknown agent.
+        ConfigError: A setting that it does not have, or a wrong one.
+    """
+    plain, settings = parse(name)
+    try:
+        return lookup("agent", plain).Config(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"agent {plain!r}: {error}") from None
+
+
 def make_agent(name: str, env: Any, **kwargs: Any) -> Any:
     """The agent behind a name, on an environment.
 
@@ -123,13 +144,5 @@ def make_agent(name: str, env: Any, **kwargs: Any) -> Any:
         env: A ``FlowVectorEnv``.
         kwargs: ``seed`` and whatever else the agent takes.
     """
-    from dataclasses import replace
-
-    plain, settings = parse(name)
-    cls = lookup("agent", plain)
-    config = kwargs.pop("config", None) or cls.Config()
-    try:
-        config = replace(config, **settings)
-    except TypeError as error:
-        raise ConfigError(f"agent {plain!r}: {error}") from None
-    return cls(env, config, **kwargs)
+    config = kwargs.pop("config", None) or agent_config(name)
+    return lookup("agent", parse(name)[0])(env, config, **kwargs)

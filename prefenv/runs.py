@@ -29,7 +29,7 @@ from prefenv.errors import ConfigError, RunError
 from prefenv.evaluation import Judge
 from prefenv.packing import pack, unpack
 from prefenv.policy import FlowPolicy
-from prefenv.registry import lookup, make_agent, make_oracle, make_task, parse
+from prefenv.registry import agent_config, lookup, make_agent, make_oracle, make_task, parse
 
 _ROUNDS = 32  # a budget is spent in about so many rounds
 _SAVE_SECONDS = 1.0
@@ -86,10 +86,15 @@ class RunConfig:
     @property
     def name(self) -> str:
         """``agent-task-sSEED-HASH``."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(self.record(), sort_keys=True)
         agent = parse(self.agent)[0].rpartition(":")[2]
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return f"{agent}-{parse(self.task)[0]}-s{self.seed}-{digest}"
+
+    def record(self) -> dict[str, Any]:
+        """All settings as plain values, the agent's own defaults included: what ``config.json`` holds."""
+        resolved = dataclasses.asdict(agent_config(self.agent))
+        return json.loads(json.dumps({**dataclasses.asdict(self), "agent_config": resolved}))
 
     def num_envs(self) -> int:
         """Rows of a round: all panels fill rounds exactly, in about 32 rounds of at most the agent's rows."""
@@ -221,7 +226,7 @@ def writable(folder: Path) -> None:
 def _open(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     """Make or check the directory; the summary if the run is finished."""
     record = folder / "config.json"
-    plain = dataclasses.asdict(config)
+    plain = config.record()
     writable(folder)
     try:
         if record.exists():

@@ -17,13 +17,29 @@ from prefenv.testing.probe import probe_env, right
 ROWS = 64
 
 # Settings under which an agent learns the probe in seconds, and the share of samples on the preferred side
-# that it then reaches in 15 rounds. An agent that is not listed keeps its own and must only move the right way.
+# that it then reaches in 10 rounds. An agent that is not listed keeps its own settings and must only move.
+MATCHING = {"lr": 5e-3, "updates": 12}
 QUICK: dict[str, tuple[dict, float | None]] = {
-    "hil-dd": ({"lr": 3e-3, "data_weight": 0.1, "data_batch": 64}, 0.7),
-    "pfm": ({"lr": 5e-3, "updates": 10, "batch": 64}, 0.95),
-    "d3po": ({"lr": 5e-3, "eps": 0.5, "anchor": 0.1}, 0.85),
-    "ppo": ({"lr": 5e-3}, 0.95),
+    "hil-dd": (
+        {"lr": 4e-3, "data_weight": 0.03, "data_batch": 64, "times": 3, "updates": 5},
+        0.68,
+    ),
+    "pfm": ({"lr": 5e-3, "updates": 6, "batch": 64}, 0.9),
+    "d3po": ({"lr": 5e-3, "eps": 0.5, "anchor": 0.1}, 0.7),
+    "ppo": ({"lr": 5e-3}, 0.75),
+    "grpo": ({"lr": 5e-3}, 0.68),
+    "dpok": ({"lr": 5e-3}, 0.6),
+    "flow-dpo": (MATCHING, 0.57),
+    "dspo": (MATCHING, 0.9),
+    "kto": (MATCHING, 0.6),
+    "mapo": (MATCHING, 0.9),
+    "nft": (MATCHING, 0.95),
+    "rwr": ({"lr": 2e-3, "updates": 12}, 0.9),
+    "rft": ({"lr": 2e-3, "updates": 12}, 0.9),
+    "best-of-n": ({}, 0.95),
 }
+# To whom equal judgements teach nothing at all: those that learn from differences.
+BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo", "nft")
 
 
 def left(samples):
@@ -43,12 +59,25 @@ def sometimes(panels):
     return right(panels).masked_fill(panels[..., 1] > 0, math.nan)
 
 
+def world(name, answer=right, num_envs=ROWS):
+    """The probe's env as an agent asks for it, and its oracle."""
+    cls = lookup("agent", name) if isinstance(name, str) else name
+    return probe_env(answer, num_envs, differentiable=cls.requires.gradient, control=cls.control)
+
+
+def trained(agent) -> list[torch.nn.Parameter]:
+    """The parameters of what it learns: the model's, or those of whatever it has instead."""
+    if agent.chain():
+        return list(agent.model.parameters())
+    parts = [getattr(agent, name) for name in agent.persistent]
+    return [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
+
+
 def probe_agent(name, answer=right, *, seed=0, quick=True, num_envs=ROWS, env=None, **settings):
     """An agent on the probe; ``settings`` are its Config's."""
     cls = lookup("agent", name) if isinstance(name, str) else name
     config = replace(cls.Config(), **{**(QUICK.get(name, ({},))[0] if quick else {}), **settings})
-    env = env or probe_env(answer, num_envs)[0]
-    return cls(env, config, seed=seed)
+    return cls(env or world(cls, answer, num_envs)[0], config, seed=seed)
 
 
 def noises(n=2000, dim=2):

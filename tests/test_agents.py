@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from probes import ROWS, constant, left, noises, probe_agent, same, share, weights
 
 from agents.d3po import d3po_loss, preferred_pairs
 from agents.hil_dd import barrier_weight, choice_labels, listwise_loss
@@ -16,7 +17,6 @@ from agents.ppo import advantages, gaussian_kl, ppo_loss
 from prefenv.errors import ConfigError
 from prefenv.policy import Rollout, collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
-from probes import ROWS, constant, left, noises, probe_agent, same, share, weights
 
 
 @pytest.fixture(autouse=True, scope="module")

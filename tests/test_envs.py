@@ -122,13 +122,13 @@ def test_the_reward_is_the_score_of_the_finished_sample_and_0_before():
             np.testing.assert_array_equal(observation["x"], action)
             np.testing.assert_array_equal(reward, 0)
             assert "judged" not in info
-    score = make_oracle("s-curve", TASK).score(torch.as_tensor(action).view(8, 64, 2))
+    score = make_oracle("s-curve", TASK).score(torch.as_tensor(action).view(32, 64, 2))
     np.testing.assert_allclose(reward, score, rtol=1e-5)
     assert score.max() > 0.3 > 0.1 > score.min()  # model A makes both
     assert info["judged"].all()
     final = np.stack([row["x"] for row in info["final_obs"]])
     np.testing.assert_array_equal(final, action)
-    np.testing.assert_array_equal([row["t"] for row in info["final_obs"]], np.ones((8, 1)))
+    np.testing.assert_array_equal([row["t"] for row in info["final_obs"]], np.ones((32, 1)))
     np.testing.assert_array_equal(observation["t"], 0)
 
 

@@ -34,6 +34,34 @@ def test_at_equals_forward_with_one_time_and_with_one_per_row(case, grad):
     assert len(functions) == len(TIMES)
 
 
+def test_functions_made_without_gradient_keep_the_weights_of_then(case):
+    field, x, condition = case
+    with torch.no_grad():
+        function = field.at(TIMES, condition)[1]
+    before = function(x)
+    assert not before.requires_grad
+    with torch.no_grad():
+        for p in field.parameters():
+            p.add_(torch.randn_like(p))
+    assert torch.equal(function(x), before)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            field.at(TIMES, condition)[1](x), field(x, TIMES[1], condition), rtol=1e-4, atol=1e-4
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [0, 1, 700])
+def test_many_rows_are_taken_in_parts(case, more):
+    field, _, condition = case
+    x = torch.randn(512 * torch.get_num_threads() + more, 3, 2)
+    if condition is not None:
+        condition = torch.randint(3, (len(x),))
+    torch.testing.assert_close(
+        field.at(TIMES, condition)[1](x), field(x, TIMES[1], condition), rtol=1e-4, atol=1e-5
+    )
+
+
 @torch.no_grad()
 def test_time_and_condition_matter(case):
     field, x, condition = case

@@ -205,6 +205,28 @@ def test_velocity_of_frozen_weights_is_never_stale(small_flow, change):
     torch.testing.assert_close(policy.velocity(x, 2), now, rtol=1e-4, atol=1e-5)
 
 
+def test_held_weights_are_those_of_the_beginning_and_only_while_held(small_flow):
+    flow, x = small_flow((3, 2), classes=3), torch.randn(4, 3, 2)
+    one, other = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 1, 1])
+    policy = FlowPolicy(flow, steps=STEPS)
+    before = policy.velocity(x, 2, one)
+    with pytest.raises(ZeroDivisionError), policy.hold(x, one):
+        torch.testing.assert_close(policy.velocity(x, 2, one), before, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            flow.field.out.bias.add_(1.0)
+        torch.testing.assert_close(policy.velocity(x, 2, one), before, rtol=1e-5, atol=1e-6)
+        with policy.hold(x, other):
+            torch.testing.assert_close(
+                policy.velocity(x, 2, other),
+                flow.velocity(x, float(policy.times[2]), other).detach(),
+            )
+        twin = copy.deepcopy(policy)
+        torch.testing.assert_close(twin.velocity(x, 2, one), before + 1, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(policy.velocity(x, 2, one), before, rtol=1e-5, atol=1e-6)
+        raise ZeroDivisionError
+    torch.testing.assert_close(policy.velocity(x, 2, one), before + 1, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_another_flow_can_be_put_in(small_flow, frozen):
     flows = [small_flow((3, 2), seed=s).requires_grad_(not frozen) for s in (0, 1)]
@@ -262,6 +284,7 @@ class Corridor:
     """An env of six rows in panels of three, reduced to what ``collect`` uses: step ``i`` pays ``i``."""
 
     panel_size, steps, times = 3, STEPS, time_grid(STEPS)
+    gradient = None
 
     def __init__(self):
         self.seen, self.judgement = [], torch.full((6,), torch.nan)
@@ -270,7 +293,7 @@ class Corridor:
         self.seen = [torch.randn(6, 3, 2)]
         return self.seen[0], None
 
-    def advance(self, action):
+    def advance(self, action, gradient=False):
         self.seen.append(action)
         self.judgement = torch.arange(6.0)
         return action, torch.full((6,), float(len(self.seen) - 1))

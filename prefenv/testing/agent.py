@@ -21,7 +21,7 @@ from prefenv.errors import ConfigError
 from prefenv.testing.data import ContractError, copied, difference, need
 from prefenv.testing.probe import Answer, ProbeOracle, ProbeVelocity, probe_env, right
 
-ROWS, ROUNDS = 32, 4
+ROWS, ROUNDS = 32, 2
 
 
 def check_agent(cls: type, progress: Callable[[str], None] | None = None) -> list[str]:
@@ -145,8 +145,8 @@ class _Trial:
             and f.default_factory is dataclasses.MISSING
         ]
         need(not missing, f"Config fields without a default: {', '.join(missing)}")
-        text = (inspect.getdoc(config) or "").partition("Args:")[2]
-        told = set(re.findall(r"^ +(\w+): *\S", text, re.MULTILINE))
+        texts = [inspect.cleandoc(c.__doc__ or "").partition("Args:")[2] for c in config.__mro__]
+        told = set(re.findall(r"^ +(\w+): *\S", "\n".join(texts), re.MULTILINE))
         silent = [f.name for f in dataclasses.fields(config) if f.name not in told]
         need(
             not silent,
