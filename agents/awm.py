@@ -3,12 +3,13 @@
     l = -phi(e),   e = |v(x_t, t) - (x1 - x0)|^2 / D,   rho = exp(l - l_old) at the same noise and time
     L = E[ max(-A rho, -A clip(rho, 1 - c, 1 + c)) ] + kl_coef E|v - v_ref|^2 / D + ema_coef E|v - v_ema|^2 / D
 
-Xue et al. 2025 (AWM, arXiv 2509.25050). With ``s = 1 - t``, ``phi(e)`` is ``e``, ``e s``, ``e s^2``, or the robust
-``sqrt(e) s`` (``huber``) and ``e^p s / p`` (``ghuber``). Where ``A < 0`` the loss is unbounded below: a bad sample's
-error may grow without end, so the distance to ``v_ema``, the running average of the model's own weights, bears the
-load. ``kl="elbo"`` divides squared distances by ``2 sd^2``, ``sd = 0.7 sqrt(s / (1 - min(s, 0.99)))``.
+Xue et al. 2025 (AWM, arXiv 2509.25050). With ``s = 1 - t``, ``phi(e)`` is ``e``, ``e s``, ``e s^2``, or the
+robust ``sqrt(e) s`` (``huber``) and ``e^p s / p`` (``ghuber``). ``kl="elbo"`` divides squared distances by
+``2 sd^2``, ``sd = 0.7 sqrt(s / (1 - min(s, 0.99)))``.
 
-The public code fails where one of the two coefficients is 0, with an undefined name; here 0 leaves the term out.
+Where ``A < 0`` a bad sample's error may grow without end: until its ratio has vanished, only the distances to
+``v_ref`` and to ``v_ema``, the running average of the model's own weights, hold it. The public code fails with an
+undefined name where one of their coefficients is 0; here 0 leaves the term out.
 """
 
 from __future__ import annotations
@@ -142,11 +143,16 @@ class AWM(MatchingAgent):
                 here = at.rows((start + part).flatten())
                 velocity = self.velocity(self.model, here)
                 l = self.log_prob(velocity, here)
-                loss = policy = awm_loss(l, old[:, part], advantage[told[part]], cfg.clip_range, cfg.order).mean()
+                loss = policy = awm_loss(
+                    l, old[:, part], advantage[told[part]], cfg.clip_range, cfg.order
+                ).mean()
                 for weight, flow in ((cfg.kl_coef, self.reference), (cfg.ema_coef, self.average)):
                     if weight:
                         other = self.velocity(flow, here)
-                        loss = loss + weight * velocity_distance(velocity, other, here.t, cfg.kl).mean()
+                        loss = (
+                            loss
+                            + weight * velocity_distance(velocity, other, here.t, cfg.kl).mean()
+                        )
                 self.descend(loss)
                 blend_(self.average, self.model, cfg.ema_decay)
                 total["policy_loss"] += float(policy.detach())

@@ -3,12 +3,14 @@
     w = sg sigmoid( (beta / K) sum_k A_k (e_k - e_k^ref) ),   e_k = |v(x_t, t) - (x1_k - x0)|^2 / D
     L = mean_k w A_k e_k + kl_coef E[ |v - v_ref|^2 / D ],    A_k = (r_k - mean r) / std r  over the panel
 
-Luo et al. 2025 (DGPO, arXiv 2510.08425). A panel shares its noise and its time; ``w`` is near 1 as long as the good
-are matched worse, and the bad better, than by the reference. ``clip_range`` takes the gradient from samples whose
-error has moved far enough since the round began: ``A > 0`` and ``rho > 1 + c``, or ``A <= 0`` and ``rho < 1 - c``, with
-``rho = exp(e_old - e)``; the value of the loss stays. K is the panel's size even where answers are missing.
+Luo et al. 2025 (DGPO, arXiv 2510.08425). A panel shares its noise and its time; ``w`` is near 1 as long as the
+good are matched worse, and the bad better, than by the reference. ``clip_range`` takes the gradient from samples
+whose error has moved far enough since the round began: ``A > 0`` and ``rho > 1 + c``, or ``A <= 0`` and
+``rho < 1 - c``, with ``rho = exp(e_old - e)``; the loss keeps its value. K is the panel's size even where answers
+are missing.
 
-Its authors say that their speed curves took a very small ``kl_coef`` and their table a larger one.
+Instead of the KL, which its authors take small for their speed and larger for their results, the default here
+looks at early times alone (``horizon``), where classes are decided, and holds the velocity after them (``anchor``).
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class DGPO(MatchingAgent):
         if len(told) == 0:
             return total
         member = torch.arange(k, device=self.device)
-        at = self.points((told[:, None] * k + member).flatten(), shared=k, window=(0.0, cfg.horizon))
+        at = self.points(
+            (told[:, None] * k + member).flatten(), shared=k, window=(0.0, cfg.horizon)
+        )
         reference = self.velocity(self.reference, at)
         with torch.no_grad():
             old = matching_error(self.velocity(self.model, at), at.target).view(-1, k)

@@ -11,8 +11,9 @@ Wallace et al. 2023 (Diffusion-DPO, arXiv 2311.12908); for flows: Liu et al. 202
 reference. With ``"model"`` and ``memory=1`` it is online. Pairs come from panels as they were judged; the public
 script stacks winners and losers, and splits them into batches that pair winners with winners.
 
-What a loss of this kind lets fall is ruined sooner than what it raises gets better: ``horizon`` keeps it to the early
-times, where classes are decided, ``anchor`` holds the velocity near the reference's at the points it visits.
+At all times alike, pushing away what was rejected ruins the shapes sooner than it changes their class (measured:
+rate 0, residual x18 and more). ``horizon`` keeps the loss to the early times, where classes are decided, and
+``anchor`` holds the velocity near the reference's after them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from agents.d3po import preferred_pairs
 from prefenv.agent import Metrics, Requires
-from prefenv.errors import ConfigError
 from prefenv.matching import MatchingAgent, Points, matching_error
 from prefenv.policy import Rollout
 
@@ -58,7 +58,7 @@ class FlowDPO(MatchingAgent):
             beta: How much the errors of a pair must differ; for errors averaged over dimensions.
             schedule: ``constant``, or ``noise`` for ``beta t^2``.
             horizon: Times are below this.
-            anchor: Weight of the velocity's distance to the reference's.
+            anchor: Weight of the velocity's distance to the reference's beyond the horizon.
             tie: Judgements that differ by no more than this are a tie and make no pair.
             lr: Adam's learning rate.
             updates: Gradient steps per round.

@@ -3,10 +3,11 @@
     L = lambda (1 - U(y)),   y = s beta (g - z),   g = e_ref - e,   e = |v(x_t, t) - (x1 - x0)|^2 / D,
     s = +1 for an accepted sample, -1 for a rejected one;   U(y) = sigmoid(y)
 
-Ethayarajh et al. 2024 (KTO, arXiv 2402.01306); Li et al. 2024 (Diffusion-KTO, arXiv 2404.04465). ``z`` is what a
-sample gains on average, without gradient: ``max(mean g, 0)`` (the public code's default, there called ``none``), or
-the average of the two classes' means, not clamped. ``U`` may be ``log sigmoid(y)`` (loss-averse) or ``-log
-sigmoid(-y)`` (risk-seeking). Half of a batch is accepted, half rejected, whatever their shares.
+Ethayarajh et al. 2024 (KTO, arXiv 2402.01306); Li et al. 2024 (Diffusion-KTO, arXiv 2404.04465). ``z`` is what
+a sample gains on average, without gradient: ``max(mean g, 0)`` (the public code's default, there called ``none``),
+or the average of the two classes' means, not clamped. ``U`` may also be ``log sigmoid(y)`` (loss-averse) or
+``-log sigmoid(-y)`` (risk-seeking). Half of a batch is accepted, half rejected, whatever their shares. ``horizon``
+and ``anchor`` as in ``agents/flow_dpo.py``.
 """
 
 from __future__ import annotations
@@ -113,7 +114,10 @@ class KTO(MatchingAgent):
             at = self.points(rows, window=(0.0, cfg.horizon))
             reference = matching_error(self.velocity(self.reference, at), at.target)
             gain = reference - matching_error(self.velocity(self.model, at), at.target)
-            z, weight = gain_offset(gain, accepted, cfg.offset), (cfg.lambda_accepted, cfg.lambda_rejected)
+            z, weight = (
+                gain_offset(gain, accepted, cfg.offset),
+                (cfg.lambda_accepted, cfg.lambda_rejected),
+            )
             loss = kto_loss(gain, accepted, z, cfg.beta, cfg.utility, weight).mean()
             if cfg.anchor:
                 loss = loss + cfg.anchor * self.drift_beyond(cfg.horizon, half)

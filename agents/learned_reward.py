@@ -9,9 +9,6 @@ With the true reward the weighted pool is a sample of the optimum ``p* ~ p_ref e
 importance weights), and flow matching from independent noise makes it model B. For weighted matching see Peters &
 Schaal 2007 and Fan et al. 2025 (ORW-CFM-W2, arXiv 2502.06061); a reward model between the person and the policy is
 Christiano et al. 2017 (arXiv 1706.03741).
-
-The pool follows the ODE more exactly (RK4) than the sampler that model B will use: Euler's steps narrow what they
-sample, and a model matched to Euler's samples would be narrowed twice.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ from agents.reward_model import Belief, choose, fit, graph_factors, kmeans, mixt
 from prefenv.agent import Agent, Metrics
 from prefenv.device import make_generator, stratified_uniform
 from prefenv.envs import FlowVectorEnv
-from prefenv.flow import nfe
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
 
@@ -54,7 +50,6 @@ class LearnedReward(Agent):
 
         Args:
             pool: Samples of the reference that proposals are chosen from.
-            pool_steps: RK4 steps from noise to a sample of the pool.
             effective: Effective sample size wanted for matching; the pool grows until the weights have it ...
             growth: ... or until it is so many times as large.
             anchors: Anchors of the reward's graph.
@@ -66,7 +61,6 @@ class LearnedReward(Agent):
         """
 
         pool: int = 4096
-        pool_steps: int = 8
         effective: float = 512.0
         growth: int = 8
         anchors: int = 128
@@ -129,14 +123,14 @@ class LearnedReward(Agent):
             "wrong_share": float(1 - belief.meant.mean()) if len(belief.meant) else 0.0,
         }
         if moved > self.config.tolerance:
-            metrics["loss"] = self.distil(weight, math.ceil(moved * self.config.updates))
+            metrics["loss"] = self.distil(weight, self.config.updates)
             self.matched = belief.mean
         return metrics
 
     def grow(self) -> None:
         """One more part of the pool, booked."""
         self.size += 1
-        self.env.ledger.nfe += self.config.pool * nfe(self.config.pool_steps, "rk4")
+        self.env.ledger.nfe += self.config.pool * self.env.steps
         self.prepare()
 
     @torch.no_grad()
@@ -146,7 +140,7 @@ class LearnedReward(Agent):
         while len(self.pool) < self.size:
             rng = make_generator(self.seed, stream=f"pool {len(self.pool)}")
             noise = torch.randn(cfg.pool, *self.env.task.event_shape, generator=rng)
-            sample = self.reference.integrate(noise.to(self.device), cfg.pool_steps, "rk4")
+            sample = self.env.policy(self.reference).sample(noise)
             flat = sample.flatten(1)
             if not self.pool:
                 rng = make_generator(self.seed, self.device, "anchors")
@@ -168,6 +162,7 @@ class LearnedReward(Agent):
     def distil(self, weight: Tensor, steps: int) -> float:
         """Train the model on the weighted pool; returns the mean loss."""
         cfg, pool, total = self.config, torch.cat(self.pool), 0.0
+        self.model.load_state_dict(self.reference.state_dict())
         optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
         for step in range(steps):
             rate = 0.5 + 0.5 * math.cos(math.pi * step / steps)

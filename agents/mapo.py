@@ -3,8 +3,8 @@
     L = e_w - beta log sigmoid( scale (f(e_w) - f(e_l)) ),   f(e) = a e / (exp(a e) - 1),
     e = |v(x_t, t) - (x1 - x0)|^2 / D,   w preferred to l in one panel; both share their noise x0 and time t
 
-Hong et al. 2024 (MaPO, arXiv 2406.06424). ``f`` falls from 1 at ``e = 0``, where the public code divides 0 by 0. The
-first term fits what was preferred, at all times, and is all that holds the model.
+Hong et al. 2024 (MaPO, arXiv 2406.06424). ``f`` falls from 1 at ``e = 0``, where the public code divides 0 by 0.
+The first term fits what was preferred, at all times, and is all that holds the model.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Align(RunConfig):
             f"{config.agent}: preferred {summary['preferred_rate']:.3f} "
             f"(reference {summary['reference_preferred_rate']:.3f}), score {summary['score']:.3f} "
             f"(optimum {summary['optimum_score']:.3f}), residual {summary['residual']:.4f} "
-            f"(reference {summary['reference_residual']:.4f}), KL {summary['kl_nats']:.1f} nats, "
+            f"(reference {summary['reference_residual']:.4f}), KL {summary['kl_nats'] or float('nan'):.1f} nats, "
             f"{summary['queries']} queries in {summary['panels']} panels, {summary['seconds']:.1f} s"
         )
         print(f"written to {folder}")

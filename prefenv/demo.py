@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -110,7 +109,7 @@ def table(summaries: list[dict[str, Any]], judge: Judge) -> str:
     ]
     rows = [[head for head, _ in _COLUMNS.values()]]
     for entry in bounds:
-        rows.append([f.format(entry[k]) if k in entry else "" for k, (_, f) in _COLUMNS.items()])
+        rows.append([f.format(entry[k]) if entry.get(k) is not None else "" for k, (_, f) in _COLUMNS.items()])
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
@@ -136,9 +135,9 @@ def frontier_figure(summaries: list[dict[str, Any]], judge: Judge) -> Figure:
             label=f"optimum, beta {judge.beta}",
         )  # fmt: skip
         for entry in summaries:
-            x, error = entry["kl_nats"], 2 * entry["kl_stderr"]
-            if not math.isfinite(x):
+            if entry["kl_nats"] is None:
                 continue
+            x, error = entry["kl_nats"], 2 * entry["kl_stderr"]
             axes.errorbar(x, entry["reward"], xerr=error, fmt="o", color=plotting.GREEN, ms=5)
             axes.annotate(
                 entry["agent"], (x, entry["reward"]), textcoords="offset points", xytext=(6, 5),

@@ -30,7 +30,10 @@ class Points(NamedTuple):
 
     def rows(self, index: Tensor) -> Points:
         """Some of them."""
-        return Points(*(None if values is None else values[index] for values in self))
+        condition = None if self.condition is None else self.condition[index]
+        return Points(
+            self.x[index], self.t[index], self.target[index], self.sample[index], condition
+        )
 
 
 def row_mean(values: Tensor) -> Tensor:
@@ -104,7 +107,10 @@ class MatchingAgent(Agent):
         return Points(torch.lerp(x0, x1, s), t, x1 - x0, x1, condition)
 
     def drift_beyond(self, horizon: float, n: int) -> Tensor:
-        """Mean squared change of the velocity against the reference, at ``n`` points of the pool after ``horizon``."""
+        """Mean squared change of the velocity against the reference, at ``n`` points of the pool past ``horizon``.
+
+        It keeps the end of the path, which decides no class any more, as the reference has it.
+        """
         rows = self.draw(len(self.pool["sample"]), n)
         at = self.points(rows, window=(horizon, 1.0))
         return matching_error(

@@ -85,7 +85,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     if not head or "=" not in tail:
         return text, {}
     settings = {}
-    for part in re.split(r",(?=\s*\w+\s*=)", tail):
+    for part in re.split(r",(?![^()\[\]]*[)\]])", tail):  # not at the commas of a tuple
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ConfigError(f"cannot read {part!r} in {text!r}; write name:key=value,key=value")
@@ -109,7 +109,7 @@ def make(kind: str, text: str, *args: Any, **extra: Any) -> Any:
         inspect.signature(cls).bind(*args, **extra, **settings)
         return cls(*args, **extra, **settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{kind} {text!r}: {error}") from None
+        raise ConfigError(f"{kind} {name!r}: {error}") from None
 
 
 def make_task(name: str) -> Any:

@@ -245,6 +245,8 @@ def _open(config: RunConfig, folder: Path) -> dict[str, Any] | None:
 
 def _summary(config: RunConfig, agent: Agent, judge: Judge) -> dict[str, Any]:
     result = dataclasses.asdict(judge.evaluate(agent))
+    # JSON has no NaN: what a model does not have (a likelihood, say) is null.
+    result = {k: None if v != v else v for k, v in result.items()}
     return {
         "agent": config.agent,
         "env": f"prefenv/{parse(config.task)[0].capitalize()}-v0",

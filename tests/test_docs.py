@@ -30,15 +30,15 @@ def load(file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType
 
 
 def test_example_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load("agents/rwr.py", tmp_path, monkeypatch)
+    module = load("agents/awr.py", tmp_path, monkeypatch)
     residual, judgement = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 0.2, torch.nan])
     e = torch.e
     torch.testing.assert_close(
-        module.rwr_loss(residual, judgement, 0.2), torch.tensor((1 + 2 * e) / (1 + e))
+        module.awr_loss(residual, judgement, 0.2), torch.tensor((1 + 2 * e) / (1 + e))
     )
 
     env = gym.make_vec("prefenv/Shapes-v0", num_envs=64, device="cpu")
-    agent = make_agent("example_rwr:RWR:temperature=0.1", env, seed=0)
+    agent = make_agent("example_awr:AWR:temperature=0.1", env, seed=0)
     assert agent.config.temperature == 0.1
     noise = torch.randn(64, 64, 2, generator=torch.Generator().manual_seed(1))
     oracle = lookup("oracle", "s-curve")(env.unwrapped.task)
@@ -48,9 +48,9 @@ def test_example_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_example_agent_passes_check_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load("agents/rwr.py", tmp_path, monkeypatch)
+    load("agents/awr.py", tmp_path, monkeypatch)
     prefenv = [sys.executable, "-c", "from prefenv.cli import main; main()"]
-    command = [*prefenv, "check-agent", "example_rwr:RWR"]
+    command = [*prefenv, "check-agent", "example_awr:AWR"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -85,8 +85,8 @@ class Shapes(Task):
     def __post_init__(self) -> None:
         if not isinstance(self.points, int) or self.points < 8:
             raise ConfigError(f"shapes: points must be a whole number from 8, not {self.points!r}")
-        if not 0 < self.s_rate < 1:
-            raise ConfigError(f"shapes: s_rate must lie between 0 and 1, not {self.s_rate!r}")
+        if not 0 <= self.s_rate <= 1:
+            raise ConfigError(f"shapes: s_rate must lie in [0, 1], not {self.s_rate!r}")
 
     @property
     def event_shape(self) -> tuple[int, ...]:
