@@ -1,17 +1,17 @@
-"""``adjoint``: Adjoint Matching, the regression whose solution is exactly ``p_ref exp(r / beta)``; needs reward gradients.
+"""``adjoint``: Adjoint Matching, a regression whose solution is ``p_ref exp(r / beta)``; needs reward gradients.
 
     X_u = a X_t + b v_theta(X_t, t) + std z,         a memoryless kernel: X_1 tells nothing about X_0
     ~a_1 = -grad r(X_1) / beta,   ~a_t = (a I + b dv_ref(X_t, t) / dx)^T ~a_u          (the lean adjoint)
     L = sum_t | b (v_theta - v_ref)(X_t, t) / std + std ~a |^2,        X and ~a without gradient
 
-Domingo-Enrich et al. 2024 (arXiv 2409.08861), here for any Gaussian step ``(a, b, std)``: with the memoryless kernel
-of ``prefenv.kernels`` it is the paper's ``|(2 / sigma) (v - v_ref) + sigma ~a|^2`` times the step, with ``ddim`` at
-level 1 the DDPM form of Microsoft's soc-fine-tuning-sd. Its sign is the paper's: a descent step follows the reward
-(the public flow-density-control has the other one, and keeps the first quarter of the steps instead of the last).
+Domingo-Enrich et al. 2024 (arXiv 2409.08861), for any Gaussian step ``(a, b, std)``: with the memoryless kernel of
+``prefenv.kernels`` it is the paper's ``|(2 / sigma) (v - v_ref) + sigma ~a|^2`` times the step, with ``ddim`` at
+level 1 the DDPM form of Microsoft's soc-fine-tuning-sd. Its sign is the paper's: a descent step follows the
+reward (the public flow-density-control has the other one, and keeps the first quarter of the steps, not the last).
 
 In the paper ~a is ~a_t, of the start of the step (``adjoint="start"``). The derivative of the discrete objective
-``E[-r / beta + sum |b (v - v_ref)|^2 / (2 std^2)]`` is the one of its end: with that the mean of a Gaussian moves by
-exactly the tilt at any number of steps, with the paper's by 0.85 of it at 16 steps.
+``E[-r / beta + sum |b (v - v_ref)|^2 / (2 std^2)]`` is the one of its end: with that the mean of a Gaussian moves
+by exactly the tilt at any number of steps, with the paper's by 0.85 of it at 16 steps.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class AdjointMatching(Agent):
         )
         self.env.ledger.nfe += reference.shape[0] * reference.shape[1]
         told = ~rollout.judgement.isnan()
-        batch, rows = rollout.transitions(steps), len(told)
+        batch = rollout.transitions(steps)
         later = 1 if cfg.adjoint == "end" else 0
         target = adjoint[torch.tensor(steps) + later].flatten(0, 1)
         reference = reference[torch.tensor(steps)].flatten(0, 1)
@@ -122,4 +122,7 @@ class AdjointMatching(Agent):
                 self.optimizer.step()
                 total, count = total + float(loss.detach()), count + 1
                 self.env.ledger.nfe += len(part)
-        return {"loss": total / max(count, 1), "adjoint": float(adjoint[0].flatten(1).norm(dim=1).mean())}
+        return {
+            "loss": total / max(count, 1),
+            "adjoint": float(adjoint[0].flatten(1).norm(dim=1).mean()),
+        }

@@ -125,6 +125,15 @@ class AWM(MatchingAgent):
         l = awm_log_prob(matching_error(velocity, at.target), at.t, self.config.weighting)
         return l.view(self.config.times, -1)
 
+    def leash(self, velocity: Tensor, at: Points) -> Tensor:
+        """The weighted distances to the reference and to the running average, a scalar."""
+        cfg, total = self.config, velocity.new_zeros(())
+        for weight, flow in ((cfg.kl_coef, self.reference), (cfg.ema_coef, self.average)):
+            if weight:
+                other = self.velocity(flow, at)
+                total = total + weight * velocity_distance(velocity, other, at.t, cfg.kl).mean()
+        return total
+
     def update(self, rollout: Rollout) -> Metrics:
         cfg, total = self.config, {"policy_loss": 0.0, "ratio": 0.0}
         self.remember(rollout)
@@ -143,17 +152,9 @@ class AWM(MatchingAgent):
                 here = at.rows((start + part).flatten())
                 velocity = self.velocity(self.model, here)
                 l = self.log_prob(velocity, here)
-                loss = policy = awm_loss(
-                    l, old[:, part], advantage[told[part]], cfg.clip_range, cfg.order
-                ).mean()
-                for weight, flow in ((cfg.kl_coef, self.reference), (cfg.ema_coef, self.average)):
-                    if weight:
-                        other = self.velocity(flow, here)
-                        loss = (
-                            loss
-                            + weight * velocity_distance(velocity, other, here.t, cfg.kl).mean()
-                        )
-                self.descend(loss)
+                gain = advantage[told[part]]
+                policy = awm_loss(l, old[:, part], gain, cfg.clip_range, cfg.order).mean()
+                self.descend(policy + self.leash(velocity, here))
                 blend_(self.average, self.model, cfg.ema_decay)
                 total["policy_loss"] += float(policy.detach())
                 total["ratio"] += float((l.detach() - old[:, part]).exp().mean())

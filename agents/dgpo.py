@@ -10,7 +10,7 @@ whose error has moved far enough since the round began: ``A > 0`` and ``rho > 1 
 are missing.
 
 Instead of the KL, which its authors take small for their speed and larger for their results, the default here
-looks at early times alone (``horizon``), where classes are decided, and holds the velocity after them (``anchor``).
+looks at early times alone (``horizon``), where classes are decided, and holds the velocity after (``anchor``).
 """
 
 from __future__ import annotations

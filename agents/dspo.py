@@ -5,9 +5,9 @@
 
 Zhu et al. 2025 (DSPO, ICLR), with the velocity in the place of the noise. The winner is fitted, and on beyond its
 target as long as the preference is in doubt; the loser enters through ``m`` alone. The gradient also flows through
-the sigmoid, as in the public code. Keep ``beta < 2``: at the reference the first term's gradient is
-``(1 - beta / 2)`` times the matching loss's, and turns around. The public SDXL branch switches to another objective
-where ``|v_w - v_w^ref|^2 / D`` falls below 0.1, a jump in the loss; it is not here.
+the sigmoid, as in the public code. Keep ``beta < 2``: at the reference the gradient is ``1 - beta / 2`` times the
+matching loss's, and turns around. The public SDXL branch switches to another objective where
+``|v_w - v_w^ref|^2 / D`` falls below 0.1, a jump in the loss; it is not here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``learned-reward``: fit a reward to all answers so far, ask where it is uncertain, distil by weighted self-matching.
+"""``learned-reward``: fit a reward to all answers so far, ask where it is uncertain, distil by self-matching.
 
     proposals   the reference's own samples, a pool that costs no question
     reward      r(x), an ensemble of Gaussian processes on a graph of the pool (``agents.reward_model``)

@@ -11,7 +11,7 @@ no networks of their own. After each round the old weights become ``d old + (1 -
 ``kl_coef`` ends the drift: at the public 1e-4 the samples became nearly all alike (measured: diversity 0.37).
 
 The public code's ``binary`` mode takes the sign of ``A`` before it divides by ``c``, so that with its ``c = 5``
-the good weigh 0.6 and the bad 0.4; here they weigh 1 and 0. Its logged policy loss holds the KL term, ours does not.
+the good weigh 0.6 and the bad 0.4; here 1 and 0. Its logged policy loss holds the KL term, ours does not.
 """
 
 from __future__ import annotations

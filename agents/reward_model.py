@@ -1,15 +1,15 @@
 """A reward learned from few answers, on a graph of the generator's own unlabelled samples.
 
-**Graph.** A few hundred *anchors* (k-means++) cover the samples; a sample is a mixture ``z`` of its nearest anchors,
-so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as samples lie
-between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With ``lambda, U`` the
+**Graph.** A few hundred *anchors* (k-means++) cover the samples; a sample is a mixture ``z`` of its nearest
+anchors, so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as samples
+lie between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With ``lambda, U`` the
 spectrum of ``I - D^-1/2 W D^-1/2``, a member ``(k, s)`` of the ensemble is the Gaussian process
 
     f ~ GP(mean, unit^2 C_k),   C_k = corr(U diag((lambda + lambda_k)^-2) U'),   unit = range of the answers / 2,
 
-a Matern process on the graph (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of samples
-that no sample connects are independent in it, and along what is connected one answer goes far: distances are
-those of the plain coordinates, and nothing is known of classes.
+a Matern process on the graph (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of
+samples that no sample connects are independent in it, and along what is connected one answer goes far: distances
+are those of the plain coordinates, and nothing is known of classes.
 
 **Answers** may be wrong: ``y_i ~ (1 - e) N(r(x_i), s unit^2) + e U(range)``. ``q_i``, the probability that answer
 ``i`` was meant, and the belief are found in turn (EM); the members are averaged by their evidence.
@@ -46,7 +46,7 @@ def kmeans(x: Tensor, count: int, generator: torch.Generator, steps: int = 10) -
 
 
 def mixture(x: Tensor, anchors: Tensor, near: int = 5) -> Tensor:
-    """Weights ``(n, m)``, float64, of each point's ``near`` nearest anchors: ``1 - d^2 / d_next^2``, normalised."""
+    """Weights ``(n, m)``, float64, of each point's ``near`` nearest anchors: ``1 - d^2 / d_next^2``, sum 1."""
     near = min(near, len(anchors) - 1)
     distance, index = torch.cdist(x, anchors).double().topk(near + 1, largest=False)
     square = distance.square()
@@ -95,7 +95,7 @@ class Belief:
 def members(
     factors: Tensor, z: Tensor, y: Tensor, precision: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Posteriors of ``f = F b, b ~ N(0, I)`` given ``y_i ~ N(z_i f, noise / precision_i)``, of all members at once.
+    """Posteriors of ``f = F b, b ~ N(0, I)`` given ``y_i ~ N(z_i f, noise / precision_i)``, all members at once.
 
     Args:
         factors: ``(k, m, rank)``.
@@ -105,8 +105,8 @@ def members(
         noise: ``(s,)``.
 
     Returns:
-        Means ``(k, s, m)``, factors of the covariances ``(k, s, m, rank)``, and log-evidence ``(k, s)`` up to what all
-        members share.
+        Means ``(k, s, m)``, factors of the covariances ``(k, s, m, rank)``, and log-evidence ``(k, s)`` up to
+        what all members share.
     """
     weighted = z * precision[:, None]
     inner = factors.mT @ (weighted.T @ z) @ factors  # (k, r, r)
@@ -141,30 +141,29 @@ def fit(factors: Tensor, z: Tensor, y: Tensor, steps: int = 8, wrong: float = 0.
         return Belief(z.new_full(z.shape[1:], centre), prior, 1e-2, torch.ones_like(y), even)
     centre, meant, share = y.mean(), torch.ones_like(y), wrong
     y = (y - centre) / unit
-    for step in range(steps):
+
+    def believe(meant: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, spread, evidence = members(factors, z, y, meant, noise)
         weight = evidence.flatten().softmax(0).view_as(evidence)
         mean = (weight[..., None] * means).sum((0, 1))
         gap = means - mean
-        root = weight.sqrt()[..., None]
-        parts = torch.cat([(root[..., None] * spread).flatten(0, 1), (root * gap).mT], -1) if 0 else None
         covariance = torch.einsum("ks,ksmr,ksnr->mn", weight, spread, spread)
         covariance = covariance + torch.einsum("ks,ksm,ksn->mn", weight, gap, gap)
-        level = (weight.sum(0) * noise).sum()
-        if step == steps - 1:
-            break
+        return weight, mean, covariance, (weight.sum(0) * noise).sum()
+
+    for _ in range(steps - 1):
+        _, mean, covariance, level = believe(meant)
         var = ((z @ covariance) * z).sum(1) + level
-        right = (1 - share) * (-(y - z @ mean).square() / (2 * var)).exp() / (2 * math.pi * var).sqrt()
+        right = (
+            (1 - share) * (-(y - z @ mean).square() / (2 * var)).exp() / (2 * math.pi * var).sqrt()
+        )
         meant = right / (right + share / 2)
         share = float(((1 - meant).sum() + 10 * wrong) / (len(y) + 10))
-    return Belief(
-        centre + unit * mean, unit**2 * covariance, unit**2 * float(level), meant, weight
-    )
+    weight, mean, covariance, level = believe(meant)
+    return Belief(centre + unit * mean, unit**2 * covariance, unit**2 * float(level), meant, weight)
 
 
-def choose(
-    belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int
-) -> Tensor:
+def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int) -> Tensor:
     """Which samples to ask about, ``(count,)``: those whose answers leave the least variance at the anchors.
 
     Transductive experimental design (Yu, Bi & Tresp 2006, ICML), greedily: anchor ``argmax |C_a|^2 / (C_aa + s)``,

@@ -65,7 +65,7 @@ def after_panels(judge: Judge, seed: int, panels: int = 3) -> tuple[Evaluation, 
         return seen < panels
 
     agent.learn(4000, callback=stop)
-    return judge.evaluate(agent), env.unwrapped.ledger.panels
+    return judge.evaluate(agent), agent.env.ledger.panels
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -109,7 +109,12 @@ def table(summaries: list[dict[str, Any]], judge: Judge) -> str:
     ]
     rows = [[head for head, _ in _COLUMNS.values()]]
     for entry in bounds:
-        rows.append([f.format(entry[k]) if entry.get(k) is not None else "" for k, (_, f) in _COLUMNS.items()])
+        rows.append(
+            [
+                f.format(entry[k]) if entry.get(k) is not None else ""
+                for k, (_, f) in _COLUMNS.items()
+            ]
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows

@@ -6,15 +6,6 @@ import math
 
 import pytest
 import torch
-from scipy.integrate import quad
-from scipy.stats import kstest, norm
-
-from agents.best_of_n import BestOfN, candidates, keep_best, kl_bound
-from prefenv.envs import FlowVectorEnv
-from prefenv.errors import ConfigError
-from prefenv.evaluation import Judge
-from prefenv.policy import Rollout
-from prefenv.testing.probe import probe_env, right
 from probes import (
     ROWS,
     Chain,
@@ -27,6 +18,15 @@ from probes import (
     silent,
     sometimes,
 )
+from scipy.integrate import quad
+from scipy.stats import kstest, norm
+
+from agents.best_of_n import BestOfN, candidates, keep_best, kl_bound
+from prefenv.envs import FlowVectorEnv
+from prefenv.errors import ConfigError
+from prefenv.evaluation import Judge
+from prefenv.policy import Rollout
+from prefenv.testing.probe import probe_env, right
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from probes import ROWS, constant, left, noises, probe_agent, same, share, silent, weights
 
 from agents.rft import kept
 from prefenv.policy import Rollout
-from probes import ROWS, constant, left, noises, probe_agent, same, share, silent, weights
 
 
 @pytest.fixture(autouse=True, scope="module")
