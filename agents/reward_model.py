@@ -1,9 +1,9 @@
 """A reward learned from few answers, on a graph of the generator's own unlabelled samples.
 
 **Graph.** A few hundred *anchors* (k-means++) cover the samples; a sample is a mixture ``z`` of its nearest
-anchors, so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as samples
-lie between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With ``lambda, U`` the
-spectrum of ``I - D^-1/2 W D^-1/2``, a member ``(k, s)`` of the ensemble is the Gaussian process
+anchors, so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as
+samples lie between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With
+``lambda, U`` the spectrum of ``I - D^-1/2 W D^-1/2``, a member ``(k, s)`` of the ensemble is the Gaussian process
 
     f ~ GP(mean, unit^2 C_k),   C_k = corr(U diag((lambda + lambda_k)^-2) U'),   unit = range of the answers / 2,
 
