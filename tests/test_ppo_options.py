@@ -205,22 +205,31 @@ def test_margin_is_asked_of_the_log_odds():
 
 
 def test_margin_grows_with_the_gap_of_the_judgements():
-    """At the reference every ratio is 1: the loss is ``log(1 + exp(margin gap))`` averaged over the pairs."""
-    agent = probe_agent("d3po", lr=0.0, margin=2.0, tie=0.1, anchor=0.0, minibatches=1)
-    rollout = collect(agent.env, agent.policy)
-    judgement = torch.rand(ROWS, generator=torch.Generator().manual_seed(2))
-    rollout.judgement = judgement
-    gaps = [
-        float(a - b)
-        for panel in judgement.view(-1, 4)
-        for a in panel
-        for b in panel
-        if float(a - b) > 0.1
-    ]
-    metrics = agent.update(rollout)
-    assert metrics["pairs"] == len(gaps) > 20
-    want = sum(math.log1p(math.exp(2 * gap)) for gap in gaps) / len(gaps)
-    assert metrics["loss"] == pytest.approx(want, rel=1e-5)
+    """Each pair's own gap: of a model that has moved, so that every pair has log-ratios of its own."""
+    settings = {
+        "lr": 0.0,
+        "anchor": 0.0,
+        "minibatches": 1,
+        "clamp": "none",
+        "tie": 0.1,
+        "beta": 0.7,
+    }
+    agent = probe_agent("d3po", margin=2.0, **settings)
+    rollout = collect(agent.env, agent.frozen)
+    rollout.judgement = r = torch.rand(ROWS, generator=torch.Generator().manual_seed(2))
+    for shift in (0.0, 0.5):
+        with torch.no_grad():
+            agent.model.field.change.out.bias += shift
+        ratio = log_ratios(agent, rollout).detach()
+        losses = [
+            F.softplus(2 * (r[w] - r[l]) - 0.7 * (ratio[:, w] - ratio[:, l])).mean()
+            for w in range(ROWS)
+            for l in range(w - w % 4, w - w % 4 + 4)
+            if r[w] - r[l] > 0.1
+        ]
+        metrics = agent.update(rollout)
+        assert metrics["pairs"] == len(losses) > 20
+        assert metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
 def test_ties_make_no_pair_and_neither_does_silence():
