@@ -37,6 +37,8 @@ AGENTS = {
     "rwr": "agents.rwr:RWR",
     "best-of-n": "agents.best_of_n:BestOfN",
     "rft": "agents.rft:RFT",
+    "learned-reward": "agents.learned_reward:LearnedReward",
+    "adjoint": "agents.adjoint:AdjointMatching",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
