@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from probes import ROWS, noises, probe_agent, silent, weights
 
 from agents.dspo import dspo_loss
 from agents.flow_dpo import dpo_loss, dpo_margin
@@ -14,7 +15,6 @@ from agents.kto import gain_offset, kto_loss
 from agents.mapo import likelihood_proxy, mapo_loss
 from prefenv.matching import matching_error
 from prefenv.testing.probe import right
-from probes import ROWS, noises, probe_agent, silent, weights
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -164,7 +164,7 @@ def test_noise_schedule_is_the_error_of_the_predicted_noise():
 
 
 def test_margin_of_a_shifted_model_by_hand():
-    """``|v + c - u|^2 - |v - u|^2 = 2 c (v - u) + c^2``; what the pair shares cancels: ``beta c (u_w - u_l) / D``."""
+    """``|v + c - u|^2 - |v - u|^2 = 2 c (v - u) + c^2``; shared parts cancel: ``beta c (u_w - u_l) / D``."""
     agent = moved("flow-dpo", beta=3.0)
     at = points(agent)
     c = torch.tensor([0.3, -0.2])

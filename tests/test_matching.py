@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from probes import ROWS, noises, probe_agent, same, weights
 
 from prefenv.matching import Points, blend_, matching_error, row_mean
 from prefenv.policy import Rollout, collect
 from prefenv.testing.probe import right
-from probes import ROWS, noises, probe_agent, same, weights
 
 NAMES = ["flow-dpo", "dspo", "kto", "mapo", "nft", "awm", "dgpo", "rwr"]
 every_agent = pytest.mark.parametrize("name", NAMES)
