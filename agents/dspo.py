@@ -77,4 +77,5 @@ class DSPO(FlowDPO):
         error_w, error_l = matching_error(velocity, at.target).view(-1, 2).unbind(1)
         ref_w, ref_l = matching_error(reference, at.target).view(-1, 2).unbind(1)
         margin = dpo_margin(error_w, error_l, ref_w, ref_l, cfg.beta)
-        return dspo_loss(velocity[::2], at.target[::2], reference[::2], margin, cfg.beta), margin
+        loss = dspo_loss(velocity[::2], at.target[::2], reference[::2], margin, cfg.beta)
+        return loss + self.anchor(), margin

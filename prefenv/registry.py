@@ -31,13 +31,11 @@ AGENTS = {
     "dspo": "agents.dspo:DSPO",
     "kto": "agents.kto:KTO",
     "mapo": "agents.mapo:MaPO",
-    "nft": "agents.nft:NFT",
     "awm": "agents.awm:AWM",
     "dgpo": "agents.dgpo:DGPO",
     "rwr": "agents.rwr:RWR",
     "best-of-n": "agents.best_of_n:BestOfN",
     "rft": "agents.rft:RFT",
-    "learned-reward": "agents.learned_reward:LearnedReward",
     "adjoint": "agents.adjoint:AdjointMatching",
 }
 ORACLES = {
