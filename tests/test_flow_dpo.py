@@ -86,7 +86,7 @@ def test_flow_dpo_matches_golden(tensors):
 
 
 def test_public_batches_pair_winners_with_winners(tensors):
-    """Both numbers: four pairs in one batch give 1.184; split in two as the script splits them, 0.934."""
+    """Both numbers: four pairs in one batch give 1.184; split in two as the script splits them, 1.022."""
     g = tensors("04b_flow_dpo")
     error, reference = (torch.cat([g[f"{n}err_w"], g[f"{n}err_l"]]) for n in ("", "ref_"))
 
@@ -96,7 +96,7 @@ def test_public_batches_pair_winners_with_winners(tensors):
 
     assert loss(error, reference) == pytest.approx(float(g["loss"][0]))
     split = [loss(e, r) for e, r in zip(error.split(4), reference.split(4), strict=True)]
-    assert [round(loss(error, reference), 3), round(sum(split) / 2, 3)] == [1.184, 0.757]
+    assert [round(loss(error, reference), 3), round(sum(split) / 2, 3)] == [1.184, 1.022]
 
 
 def spied(agent):
@@ -164,7 +164,7 @@ def test_noise_schedule_is_the_error_of_the_predicted_noise():
 
 
 def test_margin_of_a_shifted_model_by_hand():
-    """``|v + c - u|^2 - |v - u|^2 = 2 c (v - u) + c^2``; shared parts cancel: ``beta c (u_w - u_l) / D``."""
+    """``|v + c - u|^2 - |v - u|^2 = 2 c (v - u) + c^2``, averaged over dimensions."""
     agent = moved("flow-dpo", beta=3.0)
     at = points(agent)
     c = torch.tensor([0.3, -0.2])
@@ -275,13 +275,15 @@ def test_kto_matches_golden(relatives, name, offset):
         pred = g["model_pred"].clone().requires_grad_(True)
         gain = reference - matching_error(pred, g["target"])
         z = gain_offset(gain, accepted, "batch" if offset == "none" else "classes")
-        close(z, g[f"kto_{offset}_{name}_kl"][i])
+        # The public code divides a class's sum by its count + 1e-6.
+        tolerance = 1e-9 if offset == "none" else 1e-5
+        close(z, g[f"kto_{offset}_{name}_kl"][i], tolerance)
         weight = float(g["kto_lambda_d"]), float(g["kto_lambda_u"])
         loss = kto_loss(gain, accepted, z, beta, UTILITIES[name], weight).mean()
-        close(loss.detach(), g[f"kto_{offset}_{name}_loss"][i])
+        close(loss.detach(), g[f"kto_{offset}_{name}_loss"][i], tolerance)
         if name == "sigmoid":
             grad = torch.autograd.grad(loss, pred)[0]
-            close(grad, g[f"kto_{offset}_sigmoid_grad_model_pred"][i])
+            close(grad, g[f"kto_{offset}_sigmoid_grad_model_pred"][i], tolerance)
 
 
 def test_kto_by_hand():
