@@ -40,6 +40,7 @@ AGENTS = {
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
+    "replay": "oracles.replay:Replay",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

@@ -17,7 +17,7 @@ from prefenv.cli import main
 from prefenv.errors import CheckpointError, ConfigError
 from prefenv.oracle import Oracle, ScriptedOracle
 from prefenv.packing import pack, unpack
-from prefenv.registry import make_oracle, make_task, make_teacher
+from prefenv.registry import make_teacher
 from prefenv.runs import RunConfig
 from prefenv.tasks.shapes import Shapes
 from prefenv.testing import check_oracle
