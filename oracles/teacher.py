@@ -8,8 +8,8 @@ For a panel of K samples with values ``S`` and the values' scale ``margin``:
     mistake with probability ``mistake`` another one than was meant, each of the other K - 1 alike
 
 The chosen one gets 1, the rest 0. **With K = 2 this is exactly B-Pref**: ``P(2) = sigmoid(beta (S_2 - S_1))``,
-and a mistake flips the pair. A **rating** (a panel of one, or ``answer="choose"``: each sample by itself) is a pair
-with an imagined sample worth the oracle's ``threshold``: 1 = accepted with probability
+and a mistake flips the pair. A **rating** (a panel of one, or ``answer="choose"``: each sample by itself) is a
+pair with an imagined sample worth the oracle's ``threshold``: 1 = accepted with probability
 ``sigmoid(beta (S - threshold))``, a mistake flips accepted and rejected, and 1/2 is "cannot say".
 
 Lee et al. 2021 (B-Pref, arXiv 2111.03026). Its myopia weighs the steps of a path, and a finished sample has one.
