@@ -37,10 +37,12 @@ AGENTS = {
     "best-of-n": "agents.best_of_n:BestOfN",
     "rft": "agents.rft:RFT",
     "adjoint": "agents.adjoint:AdjointMatching",
+    "learned-reward": "agents.learned_reward:LearnedReward",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
+    "pose": "oracles.pose:Pose",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

@@ -122,8 +122,8 @@ def test_missing_answers_do_not_break_it(name, answer):
     assert bool(after.isfinite().all()) and agent.rounds == 2
     if answer is silent:
         assert torch.equal(start, after)
-    # Answers that come later are learned from.
-    agent.env.desk._oracle.answer = right
+    # Answers that come later are learned from; contrary ones, since those that agree need teach nothing.
+    agent.env.desk._oracle.answer = left
     agent.learn(2 * ROWS)
     assert bool(agent.sample(noises()).isfinite().all())
     assert not torch.equal(agent.sample(noises()), after)

@@ -1,0 +1,164 @@
+"""``learned-reward``: fit a reward to all answers so far, ask where it is uncertain, distil by self-matching.
+
+    proposals   the reference's own samples, a pool that costs no question
+    reward      r(x), an ensemble of Gaussian processes on a graph of the pool (``agents.reward_model``)
+    question    the samples whose answers leave the least variance; before the first answer, the most diverse ones
+    distil      L = sum_i w_i E_{x0, t} |v(x_t, t) - (x1_i - x0)|^2 / D,   w_i = softmax(E[r(x1_i)] / beta)
+
+With the true reward the weighted pool is a sample of the optimum ``p* ~ p_ref exp(r / beta)`` (self-normalised
+importance weights), and flow matching from independent noise makes it model B. For weighted matching see Peters &
+Schaal 2007 and Fan et al. 2025 (ORW-CFM-W2, arXiv 2502.06061); a reward model between the person and the policy is
+Christiano et al. 2017 (arXiv 1706.03741).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from agents.reward_model import Belief, choose, fit, graph_factors, kmeans, mixture
+from prefenv.agent import Agent, Metrics
+from prefenv.device import make_generator, stratified_uniform
+
+
+def _effective(weight: Tensor) -> float:
+    return float(1 / weight.square().sum())
+
+
+class LearnedReward(Agent):
+    """An ensemble's reward, questions by its uncertainty, weighted matching of the reference's own samples."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Settings of ``learned-reward``.
+
+        Args:
+            pool: Samples of the reference that proposals are chosen from.
+            effective: Effective sample size wanted for matching; the pool grows until the weights have it ...
+            growth: ... or until it is so many times as large.
+            anchors: Anchors of the reward's graph.
+            beta: Temperature of the tilt; None = the task's.
+            tolerance: Total variation by which the weights must have moved before the model is trained again.
+            updates: Optimiser steps each time the model is trained, from the reference's weights.
+            batch: Samples of each optimiser step.
+            lr: Adam's largest learning rate; it falls to zero by a cosine each time the model is trained.
+        """
+
+        pool: int = 4096
+        effective: float = 512.0
+        growth: int = 8
+        anchors: int = 128
+        beta: float | None = None
+        tolerance: float = 0.05
+        updates: int = 400
+        batch: int = 128
+        lr: float = 1e-3
+
+    name: ClassVar[str] = "learned-reward"
+    persistent: ClassVar[tuple[str, ...]] = (
+        "model",
+        "size",
+        "shown",
+        "answers",
+        "times",
+        "matched",
+    )
+
+    def build(self) -> None:
+        cfg = self.config
+        self.beta = self.env.task.beta if cfg.beta is None else cfg.beta
+        self.size = 0  # of the pool; each is made from the seed alone, so only their number is kept
+        self.shown = torch.empty(0, *self.env.task.event_shape, device=self.device)
+        self.answers = torch.empty(0, device=self.device)
+        self.times = torch.zeros(cfg.pool, device=self.device)  # each proposal was asked about
+        self.matched = torch.zeros(cfg.anchors, dtype=torch.float64, device=self.device)
+        self.pool: list[Tensor] = []
+        self.mixtures: list[Tensor] = []
+
+    def round(self) -> tuple[Tensor, Metrics]:
+        """Ask about the samples of the pool that are worth it; no episode is played."""
+        if not self.size:
+            self.grow()
+        belief = self.believe()
+        picked = choose(belief, self.mixtures[0], self.distance, self.times, self.env.num_envs)
+        judgement = self.env.judge(samples := self.pool[0][picked])
+        answered = ~judgement.isnan()
+        self.times = self.times + torch.bincount(picked, minlength=len(self.times))
+        self.shown = torch.cat([self.shown, samples[answered]])
+        self.answers = torch.cat([self.answers, judgement[answered]])
+        return judgement, self.improve()
+
+    def improve(self) -> Metrics:
+        """Train the model again if the answers so far have moved the tilt."""
+        cfg, belief = self.config, self.believe()
+        weight = self.tilt(belief.mean)
+        while _effective(weight) < cfg.effective and self.size < cfg.growth:
+            self.grow()
+            weight = self.tilt(belief.mean)
+        moved = float((weight - self.tilt(self.matched)).abs().sum() / 2)
+        metrics = {
+            "effective_size": _effective(weight),
+            "moved": moved,
+            "wrong_share": float(1 - belief.meant.mean()) if len(belief.meant) else 0.0,
+        }
+        if moved > cfg.tolerance:
+            metrics["loss"] = self.distil(weight, cfg.updates)
+            self.matched = belief.mean
+        return metrics
+
+    def grow(self) -> None:
+        """One more part of the pool, booked."""
+        self.size += 1
+        self.env.ledger.nfe += self.config.pool * self.env.steps
+        self.prepare()
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the parts of the pool that are missing (after a restore, all), and the graph from the first."""
+        cfg = self.config
+        while len(self.pool) < self.size:
+            rng = make_generator(self.seed, stream=f"pool {len(self.pool)}")
+            noise = torch.randn(cfg.pool, *self.env.task.event_shape, generator=rng)
+            sample = self.env.policy(self.reference).sample(noise)
+            flat = sample.flatten(1)
+            if not self.pool:
+                rng = make_generator(self.seed, self.device, "anchors")
+                self.anchors = kmeans(flat, cfg.anchors, rng)
+                self.distance = torch.cdist(flat, self.anchors).square()
+                self.factors = graph_factors(mixture(flat, self.anchors))
+            self.pool.append(sample)
+            self.mixtures.append(mixture(flat, self.anchors))
+
+    def believe(self) -> Belief:
+        """The reward as far as the answers tell."""
+        self.prepare()
+        return fit(self.factors, mixture(self.shown.flatten(1), self.anchors), self.answers)
+
+    def tilt(self, reward: Tensor) -> Tensor:
+        """Self-normalised weights of the whole pool, from the reward at the anchors."""
+        return torch.cat([z @ reward / self.beta for z in self.mixtures]).softmax(0)
+
+    def distil(self, weight: Tensor, steps: int) -> float:
+        """Train the model on the weighted pool; returns the mean loss."""
+        cfg, pool, total = self.config, torch.cat(self.pool), 0.0
+        self.model.load_state_dict(self.reference.state_dict())
+        optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
+        for step in range(steps):
+            rate = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            optimizer.param_groups[0]["lr"] = cfg.lr * rate * min(1.0, (step + 1) / 10)
+            index = torch.multinomial(weight, cfg.batch, replacement=True, generator=self.generator)
+            x1 = pool[index]
+            x0 = torch.randn(x1.shape, generator=self.generator, device=self.device)
+            t = stratified_uniform(cfg.batch, self.generator)
+            loss = self.model.residual(x0, x1, t).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            total += float(loss.detach())
+        self.env.ledger.nfe += steps * cfg.batch
+        return total / steps

@@ -1,0 +1,190 @@
+"""``learned-reward``: the reward model against dense Gaussian processes, and what one question teaches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from probes import left, noises, probe_agent, share
+
+from agents.reward_model import Belief, choose, fit, graph_factors, kmeans, members, mixture
+from prefenv.testing.probe import right
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def clusters(n=300, gap=20.0, seed=0):
+    """Two far clouds in the plane, and which is which."""
+    side = torch.arange(n) % 2
+    return torch.randn(n, 2, generator=rng(seed)) + gap * side[:, None], side
+
+
+@pytest.fixture
+def graph():
+    x, side = clusters()
+    anchors = kmeans(x, 24, rng())
+    return x, side, anchors, mixture(x, anchors)
+
+
+# The reward model
+
+
+def test_kmeans_finds_the_centres_of_clouds_and_covers_a_rare_one():
+    x, side = clusters(200)
+    rare = torch.cat([x, torch.tensor([[0.0, 90.0], [0.1, 90.0]])])
+    centres = kmeans(rare, 3, rng(3))
+    want = torch.stack([x[side == 0].mean(0), x[side == 1].mean(0), torch.tensor([0.05, 90.0])])
+    torch.testing.assert_close(
+        centres[centres.sum(1).argsort()], want[want.sum(1).argsort()], rtol=0.0, atol=1e-4
+    )
+
+
+def test_mixture_is_local_and_sums_to_one(graph):
+    x, _, anchors, z = graph
+    torch.testing.assert_close(z.sum(1), torch.ones(len(x), dtype=F64))
+    assert bool((z >= 0).all()) and int((z > 0).sum(1).max()) == 5
+    near = torch.cdist(x, anchors).topk(5, largest=False).indices
+    assert bool((z.gather(1, near) > 0).all()), "the five nearest, and no others"
+    at_anchor = mixture(anchors, anchors)
+    assert bool((at_anchor.argmax(1) == torch.arange(24)).all())
+
+
+def test_kinds_that_no_sample_connects_are_independent(graph):
+    x, side, anchors, z = graph
+    kind = (anchors.sum(1) > 20).long()
+    for factor in graph_factors(z):
+        c = factor @ factor.T
+        torch.testing.assert_close(c.diag(), torch.ones(24, dtype=F64))
+        apart = c[kind == 0][:, kind == 1]
+        assert float(apart.abs().max()) < 1e-6
+    rough = graph_factors(z)[0] @ graph_factors(z)[0].T
+    assert float(rough[kind == 0][:, kind == 0].mean()) > 0.5, "within a kind one answer goes far"
+
+
+def test_members_are_the_dense_gaussian_process(graph):
+    _, _, _, z = graph
+    factors, y = graph_factors(z, (2, 8)), torch.randn(6, generator=rng(), dtype=F64)
+    asked, precision = z[:6], torch.rand(6, generator=rng(1), dtype=F64) + 0.5
+    noise = torch.tensor([0.01, 0.3], dtype=F64)
+    mean, spread, _ = members(factors, asked, y, precision, noise)
+    for k, factor in enumerate(factors):
+        prior = factor @ factor.T
+        for s, level in enumerate(noise):
+            cover = asked @ prior @ asked.T + (level / precision).diag()
+            gain = prior @ asked.T @ torch.linalg.inv(cover)
+            torch.testing.assert_close(mean[k, s], gain @ y)
+            torch.testing.assert_close(
+                spread[k, s] @ spread[k, s].T, prior - gain @ asked @ prior, rtol=1e-6, atol=1e-8
+            )
+    _, _, evidence = members(factors, asked, y, torch.ones(6, dtype=F64), noise)
+    for k, factor in enumerate(factors):
+        for s, level in enumerate(noise):
+            cover = asked @ factor @ factor.T @ asked.T + level * torch.eye(6, dtype=F64)
+            law = torch.distributions.MultivariateNormal(torch.zeros(6, dtype=F64), cover)
+            want = law.log_prob(y) + 3 * math.log(2 * math.pi)
+            torch.testing.assert_close(evidence[k, s], want)
+
+
+def test_one_wrong_answer_among_many_is_found(graph):
+    _, side, _, z = graph
+    y = side[:40].to(F64)
+    y[7] = 1 - y[7]
+    belief = fit(graph_factors(z), z[:40], y)
+    right_ones = torch.arange(40) != 7
+    assert float(belief.meant[7]) < 0.05 < 0.9 < float(belief.meant[right_ones].min())
+    said = z @ belief.mean
+    assert bool(((said > 0.5) == (side == 1)).all())
+
+
+def test_nothing_known_and_equal_answers_are_survived(graph):
+    *_, z = graph
+    factors = graph_factors(z)
+    empty = fit(factors, z[:0], torch.empty(0))
+    assert bool((empty.mean == 0).all()) and bool(empty.covariance.isfinite().all())
+    equal = fit(factors, z[:3], torch.full((3,), 0.3))
+    torch.testing.assert_close(equal.mean, torch.full((24,), 0.3, dtype=F64))
+
+
+def test_question_leaves_the_least_variance(graph):
+    """Against brute force over all anchors; a second one is chosen as if the first were answered."""
+    x, _, anchors, z = graph
+    belief = fit(graph_factors(z), z[:0], torch.empty(0))
+    square, times = torch.cdist(x, anchors).square(), torch.zeros(len(x))
+    eye = torch.eye(24, dtype=F64)
+    left_over = []
+    for a in range(24):
+        column = belief.covariance @ eye[a]
+        c = belief.covariance - torch.outer(column, column) / (column[a] + belief.noise)
+        left_over.append(float(c.trace()))
+    best = min(range(24), key=left_over.__getitem__)
+    picked = choose(belief, z, square, times, 2)
+    assert int(picked[0]) == int(square[:, best].argmin())
+    assert float((x[picked[0]] - x[picked[1]]).norm()) > 10, "the other cloud next"
+    assert not times.any(), "what was handed in stays as it was"
+
+
+def test_repeated_questions_go_to_samples_asked_least():
+    x, _ = clusters(20)
+    anchors = x[:2]
+    z, square = mixture(x, anchors), torch.cdist(x, anchors).square()
+    belief = Belief(torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64), 0.1, torch.ones(0), z[:1])
+    picked = choose(belief, z, square, torch.zeros(20), 20)
+    assert sorted(picked.tolist()) == list(range(20)), "each once before any twice"
+
+
+# The agent
+
+SMALL = {"pool": 512, "anchors": 32, "growth": 2, "lr": 5e-3}
+
+
+@pytest.mark.parametrize(("answer", "level"), [(right, 0.95), (left, 0.05)])
+def test_one_question_of_four_samples_is_enough(answer, level):
+    agent = probe_agent("learned-reward", answer, num_envs=4, **SMALL)
+    assert share(agent) == pytest.approx(0.5, abs=0.03)
+    agent.learn(4)
+    assert len({s > 0 for s in agent.shown[:, 0].tolist()}) == 2, "both kinds were shown"
+    after = share(agent)
+    assert after > level if level > 0.5 else after < level
+    ledger = agent.env.ledger
+    assert (ledger.panels, ledger.queries) == (1, 4)
+    pool = agent.size * 512 * agent.env.steps
+    assert ledger.nfe == pool + 400 * 128, "unlabelled samples are free of questions, not of work"
+
+
+def test_tilt_is_self_normalised_importance():
+    agent = probe_agent("learned-reward", num_envs=4, beta=0.5, **SMALL)
+    agent.grow()
+    reward = torch.randn(32, generator=rng(), dtype=F64)
+    weight = agent.tilt(reward)
+    want = (agent.mixtures[0] @ reward / 0.5).exp()
+    torch.testing.assert_close(weight, want / want.sum())
+
+
+def test_answers_that_agree_train_nothing_again():
+    agent, seen = probe_agent("learned-reward", lambda p: right(p).round(), **SMALL), []
+    agent.learn(2 * 64, callback=lambda _, m: seen.append(m))
+    assert "loss" in seen[0] and seen[0]["moved"] > 0.3
+    assert "loss" not in seen[1] and seen[1]["moved"] <= agent.config.tolerance
+
+
+def test_pool_is_the_same_after_a_restore():
+    one = probe_agent("learned-reward", num_envs=4, **SMALL)
+    one.learn(4)
+    two = probe_agent("learned-reward", num_envs=4, **SMALL).restore(one.state())
+    two.prepare()
+    assert torch.equal(one.pool[0], two.pool[0]) and torch.equal(one.anchors, two.anchors)
+    assert one.env.ledger.nfe == two.env.ledger.nfe
+    assert torch.equal(one.sample(noises()), two.sample(noises()))
