@@ -277,7 +277,8 @@ class Agent:
         return self
 
     def _generators(self) -> list[torch.Generator]:
-        return [self.generator, self.env._generator, self.env.reference.generator]
+        own = [self.generator, self.env._generator, self.env.reference.generator]
+        return [*own, *self.env.desk.generators]
 
     def save(self, path: str | Path) -> None:
         """Write the agent as a zip of safetensors and JSON (never pickle), whole or not at all."""

@@ -37,3 +37,7 @@ class NotDifferentiableError(PrefenvError):
 
 class RunError(PrefenvError):
     """A run directory cannot be written, or holds another run."""
+
+
+class FeedbackError(PrefenvError):
+    """A feedback file cannot be read or written, or what it holds is not valid."""

@@ -26,12 +26,14 @@ class Oracle:
         differentiable: Whether judgements carry gradients to the samples.
         nondeterministic: Whether the same panel may be judged differently twice.
         threshold: A judgement of at least this is an acceptance.
+        generators: Sources of its randomness; agents save them, so that a run goes on exactly.
     """
 
     panel_size: int | None = None
     differentiable: bool = False
     nondeterministic: bool = False
     threshold: float = 0.5
+    generators: tuple[torch.Generator, ...] = ()
 
     def __init__(self, task: Task):
         self.task = task
@@ -148,6 +150,7 @@ class Desk:
         self.threshold = oracle.threshold
         self.differentiable = oracle.differentiable
         self.nondeterministic = oracle.nondeterministic
+        self.generators = oracle.generators
 
     def _fits(self, k: int) -> None:
         if self._oracle.panel_size not in (None, k):

@@ -41,6 +41,7 @@ AGENTS = {
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
+    "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
@@ -122,6 +123,19 @@ def make_task(name: str) -> Any:
 def make_oracle(name: str, task: Any) -> Any:
     """The oracle behind a name, for a task."""
     return make("oracle", name, task)
+
+
+def make_teacher(settings: str, oracle: Any, seed: int = 0) -> Any:
+    """An imperfect teacher (``oracles.teacher``) of an oracle, from its settings: ``beta=2,mistake=0.1``.
+
+    Raises:
+        ConfigError: Unknown or wrong settings.
+    """
+    if settings and "=" not in settings:
+        raise ConfigError(f"cannot read teacher {settings!r}; write key=value,key=value")
+    name = "oracles.teacher:Teacher"
+    given = {} if "seed" in parse(f"{name}:{settings}")[1] else {"seed": seed}
+    return make("oracle", f"{name}:{settings}" if settings else name, oracle, **given)
 
 
 def agent_config(name: str) -> Any:

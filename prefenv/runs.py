@@ -27,9 +27,18 @@ from prefenv.checkpoints import load_checkpoint, write_atomic
 from prefenv.device import resolve_device
 from prefenv.errors import ConfigError, RunError
 from prefenv.evaluation import Judge
+from prefenv.oracle import ScriptedOracle
 from prefenv.packing import pack, unpack
 from prefenv.policy import FlowPolicy
-from prefenv.registry import agent_config, lookup, make_agent, make_oracle, make_task, parse
+from prefenv.registry import (
+    agent_config,
+    lookup,
+    make_agent,
+    make_oracle,
+    make_task,
+    make_teacher,
+    parse,
+)
 
 _ROUNDS = 32  # a budget is spent in about so many rounds
 _SAVE_SECONDS = 1.0
@@ -41,7 +50,10 @@ class RunConfig:
 
     Args:
         agent: Agent, by name; settings may follow, ``ppo:lr=1e-4``.
-        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``.
+        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``. It scores the agent too, or
+            where it has no true score, the task's default oracle does.
+        teacher: Settings of an imperfect teacher who answers in the oracle's place, ``beta=2,mistake=0.1``; an
+            empty text is one who always knows the best. None = the oracle itself answers.
         task: Task, by name.
         queries: Budget: samples that the oracle judges.
         panel_size: Samples shown together.
@@ -64,6 +76,7 @@ class RunConfig:
     beta: float | None = None
     checkpoint: str | None = None
     device: str = "auto"
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         if self.queries < 1:
@@ -94,7 +107,12 @@ class RunConfig:
     def record(self) -> dict[str, Any]:
         """All settings as plain values, the agent's own defaults included: what ``config.json`` holds."""
         resolved = dataclasses.asdict(agent_config(self.agent))
-        return json.loads(json.dumps({**dataclasses.asdict(self), "agent_config": resolved}))
+        settings = dataclasses.asdict(self)
+        if (
+            self.teacher is None
+        ):  # runs without one keep the name they had before there were teachers
+            del settings["teacher"]
+        return json.loads(json.dumps({**settings, "agent_config": resolved}))
 
     def num_envs(self) -> int:
         """Rows of a round: all panels fill rounds exactly, in about 32 rounds of at most the agent's rows."""
@@ -110,14 +128,24 @@ class RunConfig:
         """What scores this run's agent."""
         task = make_task(self.task)
         flow = load_checkpoint(self.checkpoint, task).flow.to(resolve_device(self.device))
-        return Judge(flow, task, make_oracle(self.oracle, task), steps=self.steps, beta=self.beta)
+        oracle = make_oracle(self.oracle, task)
+        if not isinstance(oracle, ScriptedOracle):
+            oracle = make_oracle(task.default_oracle, task)
+        return Judge(flow, task, oracle, steps=self.steps, beta=self.beta)
+
+    def answerer(self) -> Any:
+        """Who answers the env: the oracle, or its teacher, seeded with the run."""
+        if self.teacher is None:
+            return self.oracle
+        oracle = make_oracle(self.oracle, make_task(self.task))
+        return make_teacher(self.teacher, oracle, self.seed)
 
     def make_env(self) -> Any:
         """The environment, with the budget as its limit."""
         return gym.make_vec(
             f"prefenv/{parse(self.task)[0].capitalize()}-v0",
             num_envs=self.num_envs(),
-            oracle=self.oracle,
+            oracle=self.answerer(),
             panel_size=self.panel_size,
             steps=self.steps,
             control=lookup("agent", parse(self.agent)[0]).control,
@@ -160,8 +188,8 @@ def align(
     done = _open(config, folder)
     if done is not None:
         return done
+    env = config.make_env()  # before the judge, which takes seconds: here wrong settings show
     judge = judge or config.judge()
-    env = config.make_env()
     agent: Agent = make_agent(config.agent, env, seed=config.seed)
     state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
     if state.exists():
@@ -251,6 +279,7 @@ def _summary(config: RunConfig, agent: Agent, judge: Judge) -> dict[str, Any]:
         "agent": config.agent,
         "env": f"prefenv/{parse(config.task)[0].capitalize()}-v0",
         "oracle": config.oracle,
+        **({} if config.teacher is None else {"teacher": config.teacher}),
         "seed": config.seed,
         **agent.env.ledger.counts(),
         "device": str(agent.device),
