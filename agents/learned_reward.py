@@ -79,12 +79,16 @@ class LearnedReward(Agent):
         self.pool: list[Tensor] = []
         self.mixtures: list[Tensor] = []
 
-    def round(self) -> tuple[Tensor, Metrics]:
-        """Ask about the samples of the pool that are worth it; no episode is played."""
+    def question(self) -> Tensor:
+        """The samples of the pool's first part that are worth asking about next, ``(num_envs,)`` indices."""
         if not self.size:
             self.grow()
         belief = self.believe()
-        picked = choose(belief, self.mixtures[0], self.distance, self.times, self.env.num_envs)
+        return choose(belief, self.mixtures[0], self.distance, self.times, self.env.num_envs)
+
+    def round(self) -> tuple[Tensor, Metrics]:
+        """Ask, and learn from all answers so far; no episode is played."""
+        picked = self.question()
         judgement = self.env.judge(samples := self.pool[0][picked])
         answered = ~judgement.isnan()
         self.times = self.times + torch.bincount(picked, minlength=len(self.times))

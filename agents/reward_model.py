@@ -167,8 +167,8 @@ def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int)
     """Which samples to ask about, ``(count,)``: those whose answers leave the least variance at the anchors.
 
     Transductive experimental design (Yu, Bi & Tresp 2006, ICML), greedily: anchor ``argmax |C_a|^2 / (C_aa + s)``,
-    the sample nearest to it that was asked least often, ``C`` conditioned on its answer. Every anchor counts alike:
-    counting them by their weight in the tilt starved the other classes of questions and lowered the score.
+    the sample nearest to it that was asked least often, ``C`` conditioned on its answer. Every anchor counts
+    alike: counting them by their weight in the tilt starved other kinds of questions and lowered the score.
 
     Args:
         belief: What is believed.
