@@ -1,0 +1,219 @@
+"""Tune defaults: the same number of trials for every agent, on seeds that no result reports.
+
+    python -m benchmarks.tune                 finished runs are not repeated; Ctrl-C loses only the run under way
+
+A trial draws the agent's settings in ``SPACE`` log-uniformly, each within a factor of ``FACTOR`` of its default;
+trial 0 is the default itself. A trial's worth is its mean score over the tuning seeds, of the trials whose shapes
+stay whole (residual below twice the reference's on every seed) if there are any. Appends a line a run to
+``results/tune.jsonl`` and writes ``results/tune.md``: what was tried, the best trial, and whether the default
+stands. Defaults are changed by hand, and only where the best trial leads by more than ``LEAD``: two seeds cannot
+tell smaller differences. The log keeps what the defaults were.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from prefenv.evaluation import Judge
+from prefenv.registry import agent_config, make_agent
+from prefenv.runs import RunConfig
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (100, 101)
+FACTOR = 4.0
+LEAD = 0.02
+SPACE: dict[str, tuple[str, ...]] = {
+    "hil-dd": ("lr", "updates", "horizon"),
+    "pfm": ("lr", "updates", "batch"),
+    "d3po": ("lr", "beta", "anchor"),
+    "ppo": ("lr", "clip_range", "anchor"),
+    "grpo": ("lr", "clip_range", "anchor"),
+    "dpok": ("lr", "kl_coef", "anchor"),
+    "flow-dpo": ("lr", "beta", "anchor"),
+    "dspo": ("lr", "beta", "updates"),
+    "kto": ("lr", "beta", "anchor"),
+    "mapo": ("lr", "beta", "updates"),
+    "nft": ("lr", "beta", "kl_coef"),
+    "awm": ("lr", "kl_coef", "minibatches"),
+    "dgpo": ("lr", "beta", "anchor"),
+    "rwr": ("lr", "tau", "updates"),
+    "best-of-n": ("lr", "updates", "n"),
+    "rft": ("lr", "updates", "batch"),
+    "adjoint": ("lr", "minibatches", "epochs"),
+    "draft": ("lr", "anchor", "minibatches"),
+    "sb3-ppo": ("lr", "clip_range", "anchor"),
+    "noise": ("lr", "gradient_steps", "width"),
+    "learned-reward": ("lr", "updates", "anchors"),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Tune the agents' defaults.
+
+    Args:
+        agents: Which; default: all of ``SPACE``.
+        trials: Of each agent, the default included.
+        queries: Budget of each run in judged samples.
+        workers: Processes; None = one per core.
+        log: Where the runs are kept.
+    """
+
+    agents: tuple[str, ...] = tuple(SPACE)
+    trials: int = 6
+    queries: int = 4096
+    workers: int | None = None
+    log: Path = RESULTS / "tune.jsonl"
+
+
+def draw(agent: str, trial: int) -> dict[str, float]:
+    """The settings of a trial; none for trial 0."""
+    if not trial:
+        return {}
+    rng, config = random.Random(f"{agent} {trial}"), agent_config(agent)
+    found = {}
+    for name in SPACE[agent]:
+        default = getattr(config, name)
+        value = default * FACTOR ** rng.uniform(-1, 1)
+        found[name] = max(1, round(value)) if isinstance(default, int) else float(f"{value:.3g}")
+    return found
+
+
+_judge: Judge | None = None
+
+
+def _start(judge: Judge) -> None:
+    global _judge
+    torch.set_num_threads(1)
+    _judge = judge
+
+
+def run(agent: str, trial: int, seed: int, queries: int) -> dict[str, Any]:
+    """One run; a crash is a result too."""
+    assert _judge is not None
+    settings = draw(agent, trial)
+    text = agent + "".join(
+        f"{',' if i else ':'}{k}={v}" for i, (k, v) in enumerate(settings.items())
+    )
+    entry = {
+        "agent": agent,
+        "trial": trial,
+        "seed": seed,
+        "queries": queries,
+        "settings": settings,
+        "defaults": {k: getattr(agent_config(agent), k) for k in SPACE[agent]},
+    }
+    try:
+        config = RunConfig(agent=text, queries=queries, seed=seed)
+        model = make_agent(text, config.make_env(), seed=seed)
+        model.learn(queries)
+        result = _judge.evaluate(model, kl=False)
+    except Exception as error:
+        return {**entry, "error": f"{type(error).__name__}: {error}"}
+    return {
+        **entry,
+        "preferred_rate": result.preferred_rate,
+        "score": result.score,
+        "residual_ratio": result.residual / result.reference_residual,
+        "seconds": model.env.ledger.seconds,
+    }
+
+
+def best(rows: list[dict[str, Any]]) -> dict[int, tuple[float, bool]]:
+    """Of each trial that ran without an error: its mean score, and whether its shapes stayed whole."""
+    trials: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        trials.setdefault(row["trial"], []).append(row)
+    return {
+        trial: (
+            statistics.mean(r["score"] for r in runs),
+            all(r["residual_ratio"] < 2 for r in runs),
+        )
+        for trial, runs in sorted(trials.items())
+        if not any("error" in r for r in runs)
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown line per agent."""
+    lines = [
+        "| agent | varied | trials | default: score | best: score | best: settings | verdict |",
+        "|---" * 7 + "|",
+    ]
+    for agent in SPACE:
+        mine = [r for r in rows if r["agent"] == agent]
+        found = best(mine)
+        if 0 not in found:
+            continue
+        whole = {t: s for t, (s, fine) in found.items() if fine} or {
+            t: s for t, (s, _) in found.items()
+        }
+        top = max(whole, key=whole.__getitem__)
+        lead = whole[top] - found[0][0]
+        stands = top == 0 or (lead <= LEAD and 0 in whole)
+        settings = next(r["settings"] for r in mine if r["trial"] == top)
+        named = ", ".join(f"{k} {v}" for k, v in settings.items()) or "the default"
+        lines.append(
+            f"| `{agent}` | {', '.join(SPACE[agent])} | {len(found)} | {found[0][0]:.3f} | {whole[top]:.3f} "
+            f"| {named} | {'default stands' if stands else 'taken'} |"
+        )
+    return lines
+
+
+def main(args: Args) -> None:
+    """Run what is missing, and write the table."""
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    lines = args.log.read_text().splitlines() if args.log.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(r["agent"], r["trial"], r["seed"], r["queries"]) for r in rows}
+    wanted = [
+        (agent, trial, seed, args.queries)
+        for agent in args.agents
+        for trial in range(args.trials)
+        for seed in SEEDS
+    ]
+    todo = [w for w in wanted if w not in done]
+    if todo:
+        judge = RunConfig().judge()
+        context = multiprocessing.get_context("spawn")
+        count = args.workers or len(os.sched_getaffinity(0))
+        with (
+            ProcessPoolExecutor(count, context, _start, (judge,)) as pool,
+            args.log.open("a") as log,
+        ):
+            futures = [pool.submit(run, *w) for w in todo]
+            try:
+                for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
+                    rows.append(future.result())
+                    log.write(json.dumps(rows[-1]) + "\n")
+                    log.flush()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    text = [
+        "# How the defaults were tuned",
+        "",
+        f"`python -m benchmarks.tune`: {args.trials} trials for each agent on seeds {SEEDS[0]} and {SEEDS[1]}, "
+        f"{args.queries} judged samples, panels of 4. Scores are means over the seeds.",
+        "",
+        *table(rows),
+        "",
+    ]
+    args.log.with_suffix(".md").write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
