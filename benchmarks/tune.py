@@ -12,20 +12,15 @@ tell smaller differences. The log keeps what the defaults were.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
 import random
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
-from tqdm import tqdm
 
+from benchmarks.pool import gather
 from prefenv.evaluation import Judge
 from prefenv.registry import agent_config, make_agent
 from prefenv.runs import RunConfig
@@ -91,39 +86,18 @@ def draw(agent: str, trial: int) -> dict[str, float]:
     return found
 
 
-_judge: Judge | None = None
-
-
-def _start(judge: Judge) -> None:
-    global _judge
-    torch.set_num_threads(1)
-    _judge = judge
-
-
-def run(agent: str, trial: int, seed: int, queries: int) -> dict[str, Any]:
-    """One run; a crash is a result too."""
-    assert _judge is not None
-    settings = draw(agent, trial)
-    text = agent + "".join(
-        f"{',' if i else ':'}{k}={v}" for i, (k, v) in enumerate(settings.items())
+def run(judge: Judge, agent: str, trial: int, seed: int, queries: int) -> dict[str, Any]:
+    """One run of a trial."""
+    settings, config = draw(agent, trial), agent_config(agent)
+    text = f"{agent}:{','.join(f'{k}={v}' for k, v in settings.items())}" if settings else agent
+    model = make_agent(
+        text, RunConfig(agent=text, queries=queries, seed=seed).make_env(), seed=seed
     )
-    entry = {
-        "agent": agent,
-        "trial": trial,
-        "seed": seed,
-        "queries": queries,
-        "settings": settings,
-        "defaults": {k: getattr(agent_config(agent), k) for k in SPACE[agent]},
-    }
-    try:
-        config = RunConfig(agent=text, queries=queries, seed=seed)
-        model = make_agent(text, config.make_env(), seed=seed)
-        model.learn(queries)
-        result = _judge.evaluate(model, kl=False)
-    except Exception as error:
-        return {**entry, "error": f"{type(error).__name__}: {error}"}
+    model.learn(queries)
+    result = judge.evaluate(model, kl=False)
     return {
-        **entry,
+        "settings": settings,
+        "defaults": {k: getattr(config, k) for k in SPACE[agent]},
         "preferred_rate": result.preferred_rate,
         "score": result.score,
         "residual_ratio": result.residual / result.reference_residual,
@@ -135,7 +109,7 @@ def best(rows: list[dict[str, Any]]) -> dict[int, tuple[float, bool]]:
     """Of each trial that ran without an error: its mean score, and whether its shapes stayed whole."""
     trials: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        trials.setdefault(row["trial"], []).append(row)
+        trials.setdefault(row["task"][1], []).append(row)
     return {
         trial: (
             statistics.mean(r["score"] for r in runs),
@@ -153,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for agent in SPACE:
-        mine = [r for r in rows if r["agent"] == agent]
+        mine = [r for r in rows if r["task"][0] == agent]
         found = best(mine)
         if 0 not in found:
             continue
@@ -163,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         top = max(whole, key=whole.__getitem__)
         lead = whole[top] - found[0][0]
         stands = top == 0 or (lead <= LEAD and 0 in whole)
-        settings = next(r["settings"] for r in mine if r["trial"] == top)
+        settings = next(r["settings"] for r in mine if r["task"][1] == top)
         named = ", ".join(f"{k} {v}" for k, v in settings.items()) or "the default"
         lines.append(
             f"| `{agent}` | {', '.join(SPACE[agent])} | {len(found)} | {found[0][0]:.3f} | {whole[top]:.3f} "
@@ -174,34 +148,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(args: Args) -> None:
     """Run what is missing, and write the table."""
-    args.log.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.log.read_text().splitlines() if args.log.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(r["agent"], r["trial"], r["seed"], r["queries"]) for r in rows}
     wanted = [
         (agent, trial, seed, args.queries)
         for agent in args.agents
         for trial in range(args.trials)
         for seed in SEEDS
     ]
-    todo = [w for w in wanted if w not in done]
-    if todo:
-        judge = RunConfig().judge()
-        context = multiprocessing.get_context("spawn")
-        count = args.workers or len(os.sched_getaffinity(0))
-        with (
-            ProcessPoolExecutor(count, context, _start, (judge,)) as pool,
-            args.log.open("a") as log,
-        ):
-            futures = [pool.submit(run, *w) for w in todo]
-            try:
-                for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
-                    rows.append(future.result())
-                    log.write(json.dumps(rows[-1]) + "\n")
-                    log.flush()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    rows = gather(run, wanted, args.log, args.workers)
     text = [
         "# How the defaults were tuned",
         "",
