@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,23 @@ def run(judge: Judge, agent: str, seed: int, queries: int) -> dict[str, Any]:
     config = RunConfig(agent=agent, queries=queries, seed=seed)
     model = make_agent(agent, config.make_env(), seed=seed)
     curve: list[tuple[int, float]] = []
+    looked, began = 0.0, time.process_time()
 
     def look(model: Any, _: Any) -> None:
+        nonlocal looked
+        start = time.process_time()
         scores = judge.oracle.score(model.sample(judge.noise[:512]).cpu())
         rate = float((scores >= judge.oracle.threshold).float().mean())
         curve.append((model.env.ledger.queries, rate))
+        looked += time.process_time() - start
 
     model.learn(queries, callback=look)
+    cpu_seconds = time.process_time() - began - looked
     result = dataclasses.asdict(judge.evaluate(model))
     return {
         "config": config.record(),
         **model.env.ledger.counts(),
+        "cpu_seconds": cpu_seconds,
         **{k: None if v != v else v for k, v in result.items()},
         "curve": curve,
     }
@@ -130,7 +137,7 @@ def main(args: Args) -> None:
     rows = [r for r in rows if tuple(r["task"]) in wanted]
     table = [
         "| agent | feedback | log-prob | gradient | reference | samples | preferred rate | score "
-        f"| residual / reference's | diversity | queries to {LEVEL} | seconds |",
+        f"| residual / reference's | diversity | queries to {LEVEL} | CPU seconds |",
         "|---" * 12 + "|",
         *(summary(rows, agent) for agent in args.agents),
     ]

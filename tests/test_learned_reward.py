@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from probes import left, noises, probe_agent, share
@@ -72,6 +73,22 @@ def test_kinds_that_no_sample_connects_are_independent(graph):
         assert float(apart.abs().max()) < 1e-6
     rough = graph_factors(z)[0] @ graph_factors(z)[0].T
     assert float(rough[kind == 0][:, kind == 0].mean()) > 0.5, "within a kind one answer goes far"
+
+
+def test_correlations_are_the_graphs_matern_process(graph):
+    """Against numpy, with all eigenvectors kept: links between two anchors only, none of an anchor to itself."""
+    z = graph[3].numpy()
+    link = z.T @ z
+    np.fill_diagonal(link, 0.0)
+    half = np.diag(link.sum(1) ** -0.5)
+    value, vector = np.linalg.eigh(np.eye(24) - half @ link @ half)
+    value = value.clip(1e-6)
+    cover = vector @ np.diag((value + value[3]) ** -2.0) @ vector.T
+    scale = np.diag(cover) ** -0.5
+    (factor,) = graph_factors(graph[3], (4,))
+    np.testing.assert_allclose(
+        (factor @ factor.T).numpy(), cover * np.outer(scale, scale), atol=1e-9
+    )
 
 
 def test_members_are_the_dense_gaussian_process(graph):
