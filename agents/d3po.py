@@ -115,6 +115,11 @@ class D3PO(Agent):
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)
         self.frozen = self.env.policy(self.reference, self.kernel())
 
+    @property
+    def offline(self) -> bool:
+        """Both ratios are to the reference, whoever made the steps: the paper's way of two steps is offline."""
+        return True
+
     def update(self, rollout: Rollout) -> Metrics:
         cfg, steps = self.config, self.policy.stochastic_steps
         winner, loser = preferred_pairs(rollout.panels(rollout.judgement), cfg.tie)

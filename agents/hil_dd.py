@@ -79,7 +79,7 @@ class HilDD(Agent):
         data_weight: float = 1.0
 
     name: ClassVar[str] = "hil-dd"
-    requires: ClassVar[Requires] = Requires(panel_size=2)
+    requires: ClassVar[Requires] = Requires(panel_size=2, noise=True)
 
     def build(self) -> None:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr, fused=True)

@@ -141,6 +141,10 @@ class PFM(Agent):
         flow.load_state_dict(state)
         return flow.frozen()
 
+    @property
+    def offline(self) -> bool:
+        return not self.config.iterate
+
     def behaviour(self) -> FlowPolicy:
         """The generator before the flow in training: the reference, or the last iteration's."""
         flows = [self._thaw(state) for state in self.frozen_flows]

@@ -41,11 +41,13 @@ class Requires:
         panel_size: Fewest samples of a panel it can learn from.
         gradient: Whether it asks for reward gradients; its rollouts then carry them.
         log_prob: Whether it needs stochastic steps.
+        noise: Whether it learns from the noise that a sample was made from.
     """
 
     panel_size: int = 1
     gradient: bool = False
     log_prob: bool = False
+    noise: bool = False
 
 
 class Agent:
@@ -67,6 +69,7 @@ class Agent:
         control: What its actions are, the env's ``control``: next states, or initial noises.
         rows: Samples of one round, where nobody says otherwise.
         persistent: Names of the attributes that hold what it has learned.
+        feed: Where a round of a number comes from, if not from the env (``prefenv.offline``).
     """
 
     @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Agent:
         self.model: Any = self.reference.clone().requires_grad_(True).train()
         self.optimizer: Any = None
         self.rounds = 0
+        self.feed: Callable[[int], Rollout] | None = None
         self.env.reset(seed=seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -128,6 +132,11 @@ class Agent:
         """The policy that makes the next round's samples: by default the model's own."""
         return self.policy
 
+    @property
+    def offline(self) -> bool:
+        """Whether it can learn from samples of the reference that were judged elsewhere: it asks of no others."""
+        return self.behaviour().flow is self.reference
+
     def update(self, rollout: Rollout) -> Metrics:
         """Learn from one judged round; returns what should be logged."""
         raise NotImplementedError
@@ -138,7 +147,10 @@ class Agent:
         Returns:
             The judgements ``(num_envs,)``, NaN = no answer, and what should be logged.
         """
-        rollout = collect(self.env, self.behaviour(), gradient=self.requires.gradient)
+        if self.feed is not None:
+            rollout = self.feed(self.rounds)
+        else:
+            rollout = collect(self.env, self.behaviour(), gradient=self.requires.gradient)
         return rollout.judgement, self.update(rollout)
 
     def chain(self) -> list[RectifiedFlow]:

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 import prefenv
+from prefenv import cli_feedback
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig
@@ -203,6 +204,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "train": Train,
     "list": List,
     "check-agent": CheckAgent,
+    **cli_feedback.COMMANDS,
 }
 
 

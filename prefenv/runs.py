@@ -27,6 +27,8 @@ from prefenv.checkpoints import load_checkpoint, write_atomic
 from prefenv.device import resolve_device
 from prefenv.errors import ConfigError, RunError
 from prefenv.evaluation import Judge
+from prefenv.feedback.files import read_feedback
+from prefenv.offline import read_shape, rounds, study
 from prefenv.oracle import ScriptedOracle
 from prefenv.packing import pack, unpack
 from prefenv.policy import FlowPolicy
@@ -52,8 +54,8 @@ class RunConfig:
         agent: Agent, by name; settings may follow, ``ppo:lr=1e-4``.
         oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``. It scores the agent too, or
             where it has no true score, the task's default oracle does.
-        teacher: Settings of an imperfect teacher who answers in the oracle's place, ``beta=2,mistake=0.1``; an
-            empty text is one who always knows the best. None = the oracle itself answers.
+        teacher: Settings of an imperfect teacher who answers in the oracle's place, ``beta=2,mistake=0.1``.
+        feedback: Feedback file or folder that an offline agent learns from; budget and panel size are its own.
         task: Task, by name.
         queries: Budget: samples that the oracle judges.
         panel_size: Samples shown together.
@@ -77,8 +79,12 @@ class RunConfig:
     checkpoint: str | None = None
     device: str = "auto"
     teacher: str | None = None
+    feedback: str | None = None
 
     def __post_init__(self) -> None:
+        if self.feedback is not None:
+            for name, value in read_shape(self.feedback).items():
+                object.__setattr__(self, name, value)
         if self.queries < 1:
             raise ConfigError(
                 f"a budget of {self.queries} queries asks nothing; give a positive number"
@@ -108,10 +114,11 @@ class RunConfig:
         """All settings as plain values, the agent's own defaults included: what ``config.json`` holds."""
         resolved = dataclasses.asdict(agent_config(self.agent))
         settings = dataclasses.asdict(self)
-        if (
-            self.teacher is None
-        ):  # runs without one keep the name they had before there were teachers
-            del settings["teacher"]
+        for name in ("teacher", "feedback"):  # younger than the first runs, which keep their names
+            if settings[name] is None:
+                del settings[name]
+        if self.feedback is not None:
+            settings["feedback_digest"] = read_feedback(self.feedback).digest()
         return json.loads(json.dumps({**settings, "agent_config": resolved}))
 
     def num_envs(self) -> int:
@@ -137,8 +144,7 @@ class RunConfig:
         """Who answers the env: the oracle, or its teacher, seeded with the run."""
         if self.teacher is None:
             return self.oracle
-        oracle = make_oracle(self.oracle, make_task(self.task))
-        return make_teacher(self.teacher, oracle, self.seed)
+        return make_teacher(self.teacher, make_oracle(self.oracle, make_task(self.task)), self.seed)
 
     def make_env(self) -> Any:
         """The environment, with the budget as its limit."""
@@ -188,9 +194,10 @@ def align(
     done = _open(config, folder)
     if done is not None:
         return done
-    env = config.make_env()  # before the judge, which takes seconds: here wrong settings show
-    judge = judge or config.judge()
+    env = config.make_env()
     agent: Agent = make_agent(config.agent, env, seed=config.seed)
+    given = rounds(read_feedback(config.feedback), agent) if config.feedback is not None else None
+    judge = judge or config.judge()  # takes seconds: after all that can be wrong
     state, metrics = folder / "state.safetensors", folder / "metrics.jsonl"
     if state.exists():
         agent.restore(unpack(state))
@@ -211,7 +218,9 @@ def align(
             return callback(agent, values) if callback else None
 
         left = config.queries - agent.env.ledger.queries
-        if left:
+        if given is not None:
+            study(agent, given, progress_bar=progress, callback=after)
+        elif left:
             agent.learn(left, progress_bar=progress, callback=after)
     summary = _summary(config, agent, judge)
     figure = shapes_figure(judge, {parse(config.agent)[0]: agent})
