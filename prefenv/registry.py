@@ -37,6 +37,9 @@ AGENTS = {
     "best-of-n": "agents.best_of_n:BestOfN",
     "rft": "agents.rft:RFT",
     "adjoint": "agents.adjoint:AdjointMatching",
+    "draft": "agents.draft:DRaFT",
+    "sb3-ppo": "agents.sb3_ppo:SB3PPO",
+    "noise": "agents.noise:NoiseSAC",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
