@@ -26,24 +26,35 @@ from torch import Tensor
 
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.errors import ConfigError
+from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout, collect
 
 
-def replay(policy: FlowPolicy, path: Tensor, last: int) -> Tensor:
-    """The end of a path with gradient to the flow's parameters, through its last steps, ``(B, *event_shape)``.
+def replay(
+    policy: FlowPolicy, path: Tensor, last: int, reference: RectifiedFlow | None = None
+) -> tuple[Tensor, Tensor]:
+    """The end of a path with gradient to the flow's parameters, through its last steps.
 
     Args:
         policy: Who made the path; its noises are those of the path, for the weights as they are now.
         path: States ``(steps + 1, B, *event_shape)``.
         last: Steps that carry gradient, 1 to ``steps``.
+        reference: What the path's KL is measured to; None = it is not.
+
+    Returns:
+        ``x_N`` ``(B, *event_shape)`` and the KL of these steps' noisy ones in nats, ``(B,)``.
     """
     x = path[policy.steps - last]
+    kl = x.new_zeros(len(x))
     for i in range(policy.steps - last, policy.steps):
         mean = policy.mean(x, policy.flow.velocity(x, float(policy.times[i])), i)
+        if reference is not None and (std := policy.std(i)) > 0:
+            there = policy.mean(x, reference.velocity(x, float(policy.times[i])), i)
+            kl = kl + ((mean - there) / std).square().flatten(1).sum(1) / 2
         # What the step added to its mean: its noise, and the rounding that a second evaluation brings.
         x = mean + (path[i + 1] - mean).detach()
-    return x
+    return x, kl
 
 
 def predict(policy: FlowPolicy, x: Tensor, i: int) -> Tensor:
@@ -69,6 +80,8 @@ class DRaFT(Agent):
             last: K, the steps from the end that learn; None = all.
             truncation: ``fixed`` = always K steps; ``random`` = 1 to K of them, drawn each time; ``refl`` = one
                 random step of the K, with the prediction of the data from there.
+            beta: Price of a nat of the path's KL to the reference, on the noisy steps; None = the task's, which
+                is what the score is measured against; 0 = none, as in the papers.
             anchor: Weight of the velocity's drift from the reference on the deterministic steps.
             anchor_batch: States at which the drift is taken.
             minibatches: Optimiser steps per round; each learns from other samples.
@@ -79,11 +92,12 @@ class DRaFT(Agent):
         lr: float = 3e-4
         last: int | None = None
         truncation: Literal["fixed", "random", "refl"] = "fixed"
-        anchor: float = 0.3
+        beta: float | None = None
+        anchor: float = 10.0
         anchor_batch: int = 256
         minibatches: int = 2
         max_grad_norm: float = 1.0
-        kernel: Kernel = Kernel("ode")
+        kernel: Kernel = Kernel("ddim", 1.0)
 
     name: ClassVar[str] = "draft"
     requires: ClassVar[Requires] = Requires(gradient=True)
@@ -97,6 +111,7 @@ class DRaFT(Agent):
         self.last: int = steps if cfg.last is None else cfg.last
         if not 1 <= self.last <= steps:
             raise ConfigError(f"draft: last must be 1 to {steps}, the env's steps, not {cfg.last}")
+        self.beta: float = self.env.task.beta if cfg.beta is None else cfg.beta
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
 
     def round(self) -> tuple[Tensor, Metrics]:
@@ -132,9 +147,13 @@ class DRaFT(Agent):
         assert rollout.gradient is not None
         for part in parts:
             path = rollout.path[:, part]
-            end = predict(self.policy, path[start], start) if refl else replay(self.policy, path, k)
-            loss = draft_loss(end, rollout.gradient[part])
-            self.env.ledger.nfe += len(part) * (1 if refl else k)
+            if refl:
+                end, kl = predict(self.policy, path[start], start), torch.zeros(1, device=self.device)
+            else:
+                end, kl = replay(self.policy, path, k, self.reference if self.beta else None)
+            loss = draft_loss(end, rollout.gradient[part]) + self.beta * kl.mean()
+            noisy = [i for i in self.policy.stochastic_steps if i >= start and not refl and self.beta]
+            self.env.ledger.nfe += len(part) * ((1 if refl else k) + len(noisy))
             if cfg.anchor:
                 loss = loss + cfg.anchor * self.drift(rollout, cfg.anchor_batch)
             self.optimizer.zero_grad()
