@@ -24,7 +24,7 @@ def against_sb3(rows: int, batch: int, epochs: int, rounds: int, device: str) ->
     The learning rate is 0 in both: the arithmetic is the same, every round measures the same weights, and what was
     collected must replay with a ratio of 1.
     """
-    from benchmarks.sb3 import make_ppo
+    from prefenv.sb3 import make_ppo
 
     kernel = Kernel(
         "flow-sde", 0.7

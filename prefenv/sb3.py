@@ -1,31 +1,66 @@
 """Stable-Baselines3 on a ``FlowVectorEnv``: a batched ``VecEnv``, and the generator as an SB3 policy.
 
-SB3's own route to many rows is ``DummyVecEnv``, a Python loop over single environments. The adapter hands it the
-batched environment instead, so that what is compared with our ``ppo`` is SB3's algorithm, not that loop.
+SB3's own route to many rows is ``DummyVecEnv``, a Python loop over single environments; the adapter hands it the
+batched environment instead. Any of its algorithms then learns as it always does::
+
+    env = gym.make_vec("prefenv/Shapes-v0", num_envs=64, kernel="flow-sde")
+    model = PPO(
+        FlowActorCritic,
+        FlowVecEnv(env.unwrapped),
+        n_steps=16,
+        gamma=1.0,
+        policy_kwargs={"reference": env.unwrapped.reference},
+    )
+    model.learn(100_000)
+
+This module alone imports Stable-Baselines3. SB3 draws from torch's and NumPy's global generators; ``seeded`` lends
+them to it, and gives them back as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from prefenv.envs import FlowVectorEnv
+from prefenv.errors import ConfigError
 from prefenv.policy import FlowPolicy
 
 
 class FlowVecEnv(VecEnv):
-    """A ``FlowVectorEnv`` (``array="numpy"``, SAME_STEP) as SB3's ``VecEnv``."""
+    """A ``FlowVectorEnv`` (``array="numpy"``, SAME_STEP) as SB3's ``VecEnv``.
+
+    ``infos[i]["judged"]`` of a finished row tells whether its reward is an answer; no answer is a reward of 0.
+
+    Args:
+        env: The environment.
+
+    Attributes:
+        judgement: Judgements of the last finished rows, float32 ``(num_envs,)``, NaN = no answer.
+
+    Raises:
+        ConfigError: The environment speaks torch.
+    """
 
     def __init__(self, env: FlowVectorEnv):
+        if env.array != "numpy":
+            raise ConfigError(
+                "Stable-Baselines3 speaks numpy: make the environment with array='numpy'"
+            )
         self.env = env  # before super().__init__, which asks it for its render mode
+        self.judgement = np.full(env.num_envs, np.nan, np.float32)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> Any:
@@ -39,9 +74,12 @@ class FlowVecEnv(VecEnv):
     def step_wait(self) -> Any:
         observation, reward, terminated, truncated, info = self.env.step(self._actions)
         done, infos = terminated | truncated, [{} for _ in range(self.num_envs)]
+        if done.all():
+            self.judgement = info["judgement"]
         for i in np.flatnonzero(done):
             infos[i]["terminal_observation"] = info["final_obs"][i]
             infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+            infos[i]["judged"] = bool(info["judged"][i])
         return observation, reward, done, infos
 
     def close(self) -> None:
@@ -61,6 +99,23 @@ class FlowVecEnv(VecEnv):
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         return [False] * self._count(indices)
+
+
+class StepDistribution(DiagGaussianDistribution):
+    """The kernel's Gaussian; a step without noise is its mean, with a log-probability of 0 (a ratio of 1)."""
+
+    def of(self, mean: Tensor, std: Tensor) -> StepDistribution:
+        """Set means ``(n, D)`` and standard deviations ``(n, 1)``, 0 = no noise."""
+        self.noisy = std[:, 0] > 0
+        # A stand-in of 1 where there is no noise: its gradient, masked below, must not be NaN.
+        self.proba_distribution(mean, std.where(std > 0, 1.0).log())
+        return self
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        return super().log_prob(actions).where(self.noisy, 0.0)
+
+    def sample(self) -> Tensor:
+        return super().sample().where(self.noisy[:, None], self.mode())
 
 
 class FlowActorCritic(ActorCriticPolicy):
@@ -87,11 +142,10 @@ class FlowActorCritic(ActorCriticPolicy):
         make: Any = self.optimizer_class
         self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
-    def _dist(self, obs: Any) -> DiagGaussianDistribution:
+    def _dist(self, obs: Any) -> StepDistribution:
         x = obs["x"].view(-1, *self.flow.event_shape)
         mean, std = self.walk.gaussian(x, torch.bucketize(obs["t"][:, 0], self.edges))
-        gaussian = DiagGaussianDistribution(int(np.prod(self.flow.event_shape)))
-        return gaussian.proba_distribution(mean.flatten(1), std.flatten(1).log())
+        return StepDistribution(mean[0].numel()).of(mean.flatten(1), std.view(-1, 1))
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         dist = self._dist(obs)
@@ -111,8 +165,39 @@ class FlowActorCritic(ActorCriticPolicy):
         return self.critic(torch.cat([obs["x"], obs["t"]], 1))
 
 
+def begin(model: BaseAlgorithm) -> BaseCallback:
+    """Make an algorithm ready for its ``collect_rollouts`` and ``train`` outside ``learn``, logging to memory only.
+
+    Returns:
+        The callback that ``collect_rollouts`` wants; it does nothing.
+    """
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    return model._setup_learn(total_timesteps=1)[1]
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Generator[None, None, None]:
+    """Lend the global generators of torch and NumPy, seeded by a draw from ``generator``; they come back untouched."""
+    device = generator.device
+    seed = int(torch.randint(2**32, (), generator=generator, device=device))
+    before = np.random.get_state()  # noqa: NPY002: it is what SB3 draws minibatches from
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(before)  # noqa: NPY002
+
+
 def make_ppo(
-    env: FlowVectorEnv, batch_size: int, epochs: int, lr: float
+    env: FlowVectorEnv,
+    batch_size: int,
+    epochs: int,
+    lr: float,
+    *,
+    reference: FlowPolicy | None = None,
+    **settings: Any,
 ) -> tuple[PPO, Callable[[], Any]]:
     """SB3's PPO with the environment's generator as its policy, and a function that collects one round.
 
@@ -121,6 +206,8 @@ def make_ppo(
         batch_size: Transitions of a minibatch.
         epochs: Passes over each round.
         lr: Learning rate.
+        reference: The generator to copy and its kernel; None = the environment's.
+        settings: More of SB3's ``PPO``.
     """
     model = PPO(
         FlowActorCritic,
@@ -129,14 +216,11 @@ def make_ppo(
         n_steps=env.steps,
         batch_size=batch_size,
         n_epochs=epochs,
-        gamma=1.0,
-        gae_lambda=1.0,
-        max_grad_norm=1.0,
-        seed=0,
         device=env.device,
-        policy_kwargs={"reference": env.reference},
+        policy_kwargs={"reference": reference or env.reference},
+        **{"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": 1.0, **settings},
     )
-    _, callback = model._setup_learn(total_timesteps=1, callback=None)
+    callback = begin(model)
 
     def collect() -> None:
         assert model.env is not None
