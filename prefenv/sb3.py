@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.logger import Logger
@@ -163,6 +164,39 @@ class FlowActorCritic(ActorCriticPolicy):
 
     def predict_values(self, obs: Any) -> Tensor:
         return self.critic(torch.cat([obs["x"], obs["t"]], 1))
+
+
+class AnsweredReplay(ReplayBuffer):
+    """A replay buffer of single rows that keeps only those whose last judgement is an answer.
+
+    For one-step episodes (``control="noise"``): of longer ones it would drop the last step alone.
+
+    Args:
+        args: SB3's: size in rows, observation space, action space, device, number of environments.
+        kwargs: SB3's.
+    """
+
+    ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+    def __init__(self, *args: Any, n_envs: int = 1, **kwargs: Any):
+        super().__init__(*args, n_envs=1, **kwargs)
+
+    def add(self, obs, next_obs, action, reward, done, infos) -> None:
+        for i, info in enumerate(infos):
+            if info["judged"]:
+                row = slice(i, i + 1)
+                super().add(obs[row], next_obs[row], action[row], reward[row], done[row], [info])
+
+    def state(self) -> dict[str, Any]:
+        """What it holds, as a tree of tensors and JSON values."""
+        arrays = {k: torch.from_numpy(getattr(self, k)[: self.size()].copy()) for k in self.ARRAYS}
+        return {**arrays, "pos": self.pos, "full": self.full}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Hold what a buffer of the same size held."""
+        for name in self.ARRAYS:
+            getattr(self, name)[: len(state[name])] = state[name].cpu().numpy()
+        self.pos, self.full = state["pos"], state["full"]
 
 
 def begin(model: BaseAlgorithm) -> BaseCallback:
