@@ -5,8 +5,10 @@
 
 Schulman et al. 2017 (arXiv 1707.06347), Raffin et al. 2021 (JMLR 22-268); gamma = lambda = 1, so every step's return
 R is the sample's judgement, and the env's KL cost where it has one (``kl_coef``). What ``ppo`` has and SB3 has not:
-the anchor to the reference on the steps without noise, advantages without a critic, and rows without an answer
-left out. To SB3 no answer is a reward of 0, as the environment says it; a round without any answer is skipped.
+advantages without a critic, and rows without an answer left out. To SB3 no answer is a reward of 0, as the
+environment says it; a round without any answer is skipped. The anchor to the reference on the steps without noise
+takes the place of SB3's entropy bonus (``prefenv.sb3.FlowActorCritic``): with ``ent_coef=0`` the late steps, which
+no log-probability reaches, drift until the shapes are gone (measured: residual 12 times the reference's).
 
 SB3's ``save`` holds pickles, so it is not used: weights and optimiser are saved like every agent's. It draws from
 the global generators of torch and NumPy, which ``prefenv.sb3.seeded`` lends to it.
@@ -40,6 +42,7 @@ class SB3PPO(Agent):
             batch_size: Transitions of a minibatch.
             n_epochs: Passes over each round.
             clip_range: How far a ratio may move before its gradient stops.
+            ent_coef: Weight of the anchor, which stands for the entropy.
             vf_coef: Weight of the critic's loss.
             max_grad_norm: Largest gradient norm.
             kernel: The stochastic step, by default ``ppo``'s: noise where the class is decided, none after.
@@ -49,6 +52,7 @@ class SB3PPO(Agent):
         batch_size: int = 1024
         n_epochs: int = 2
         clip_range: float = 0.2
+        ent_coef: float = 20.0
         vf_coef: float = 0.5
         max_grad_norm: float = 1.0
         kernel: Kernel = Kernel("flow-sde", 0.7, (0.0, 0.3125))
@@ -66,6 +70,7 @@ class SB3PPO(Agent):
             cfg.lr,
             reference=env.policy(self.reference, self.kernel()),
             clip_range=cfg.clip_range,
+            ent_coef=cfg.ent_coef,
             vf_coef=cfg.vf_coef,
             max_grad_norm=cfg.max_grad_norm,
         )
@@ -83,6 +88,7 @@ class SB3PPO(Agent):
             if bool(judgement.isnan().all()):
                 return judgement, {}
             ppo.train()
-        env.ledger.nfe += self.config.n_epochs * env.num_envs * env.steps
+        anchored = env.steps - len(self.policy.stochastic_steps) if self.config.ent_coef else 0
+        env.ledger.nfe += self.config.n_epochs * env.num_envs * (env.steps + anchored)
         logged = ppo.logger.name_to_value
         return judgement, {name: float(np.asarray(logged[f"train/{name}"])) for name in LOGGED}

@@ -122,14 +122,18 @@ class StepDistribution(DiagGaussianDistribution):
 class FlowActorCritic(ActorCriticPolicy):
     """A trainable copy of the generator as actor: mean = the kernel's, std = the kernel's at the row's ``t``.
 
+    The kernel's std cannot be learned, so a Gaussian's entropy is a constant; what SB3 weighs with ``ent_coef`` is
+    the anchor instead, ``-mean |v - v_ref|^2`` on rows without noise, which no log-probability reaches.
+
     Args:
         args: SB3's: observation space, action space, learning-rate schedule.
         reference: The generator to copy, with its kernel and steps.
+        anchored: Whether the anchor is wanted; it costs evaluations of the reference.
         kwargs: SB3's.
     """
 
-    def __init__(self, *args: Any, reference: FlowPolicy, **kwargs: Any):
-        self.reference = reference
+    def __init__(self, *args: Any, reference: FlowPolicy, anchored: bool = False, **kwargs: Any):
+        self.reference, self.anchored = reference, anchored
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Any) -> None:
@@ -143,18 +147,36 @@ class FlowActorCritic(ActorCriticPolicy):
         make: Any = self.optimizer_class
         self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
-    def _dist(self, obs: Any) -> StepDistribution:
+    def _rows(self, obs: Any) -> tuple[Tensor, Tensor]:
+        """States ``(n, *event_shape)`` and the step that each is at."""
         x = obs["x"].view(-1, *self.flow.event_shape)
-        mean, std = self.walk.gaussian(x, torch.bucketize(obs["t"][:, 0], self.edges))
+        return x, torch.bucketize(obs["t"][:, 0], self.edges)
+
+    def _dist(self, obs: Any) -> StepDistribution:
+        mean, std = self.walk.gaussian(*self._rows(obs))
         return StepDistribution(mean[0].numel()).of(mean.flatten(1), std.view(-1, 1))
+
+    def _anchor(self, obs: Any, dist: StepDistribution) -> Tensor:
+        """``-mean |v - v_ref|^2``, ``(n,)``; 0 for rows with noise."""
+        x, index = (z[~dist.noisy] for z in self._rows(obs))
+        with torch.no_grad():
+            mean, _ = self.reference.gaussian(x, index)
+        b = self.walk.table.b.to(x)[index]
+        change = (dist.mode()[~dist.noisy] - mean.flatten(1)) / b[:, None]
+        anchor = x.new_zeros(len(dist.noisy))
+        return anchor.masked_scatter(~dist.noisy, -change.square().mean(1))
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         dist = self._dist(obs)
         actions = dist.get_actions(deterministic=deterministic)
         return actions, self.predict_values(obs), dist.log_prob(actions)
 
-    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, None]:
-        return self.predict_values(obs), self._dist(obs).log_prob(actions), None
+    def evaluate_actions(
+        self, obs: Any, actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dist = self._dist(obs)
+        entropy = self._anchor(obs, dist) if self.anchored else None
+        return self.predict_values(obs), dist.log_prob(actions), entropy
 
     def get_distribution(self, obs: Any) -> DiagGaussianDistribution:
         return self._dist(obs)
@@ -251,7 +273,10 @@ def make_ppo(
         batch_size=batch_size,
         n_epochs=epochs,
         device=env.device,
-        policy_kwargs={"reference": reference or env.reference},
+        policy_kwargs={
+            "reference": reference or env.reference,
+            "anchored": bool(settings.get("ent_coef")),
+        },
         **{"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": 1.0, **settings},
     )
     callback = begin(model)
