@@ -12,8 +12,10 @@ step, ``x_1 = x_t + (1 - t) v_theta(x_t, t)``, and ask about that; the gradient 
 DRaFT-LV is not here: its n noises a sample are n questions a sample, and questions are what we count.
 
 The public codes (AlignProp, ImageReward) have no term that holds the model at the reference, only early stopping;
-ReFL's paper has one, its code has not (zai-org/ImageReward#95). Here it is ``anchor``, the velocity's drift over
-the whole path: ``anchor=0`` is theirs. A truncated gradient still moves the early steps, by the shared weights.
+ReFL's paper has one, its code has not (zai-org/ImageReward#95). Here it is ``anchor``, the velocity's drift on the
+steps without noise, and ``beta`` for the path's KL on those with noise; 0 for both is theirs. A truncated
+gradient moves the early steps too, by the shared weights, but does not see what they decide: on shapes, where the
+class is decided early, the last 4 of 16 steps learn nothing (preferred rate 0.25), all 16 reach 0.99.
 """
 
 from __future__ import annotations
@@ -80,24 +82,24 @@ class DRaFT(Agent):
             last: K, the steps from the end that learn; None = all.
             truncation: ``fixed`` = always K steps; ``random`` = 1 to K of them, drawn each time; ``refl`` = one
                 random step of the K, with the prediction of the data from there.
-            beta: Price of a nat of the path's KL to the reference, on the noisy steps; None = the task's, which
-                is what the score is measured against; 0 = none, as in the papers.
+            beta: Price of a nat of the path's KL to the reference, on the noisy steps; 0 = none, as in the papers.
             anchor: Weight of the velocity's drift from the reference on the deterministic steps.
             anchor_batch: States at which the drift is taken.
             minibatches: Optimiser steps per round; each learns from other samples.
             max_grad_norm: Largest gradient norm.
-            kernel: How samples are drawn to be judged; by default as they are in the end, by the ODE.
+            kernel: How samples are drawn to be judged; by default with noise where the class is decided, as
+                ``ppo`` draws them.
         """
 
         lr: float = 3e-4
         last: int | None = None
         truncation: Literal["fixed", "random", "refl"] = "fixed"
-        beta: float | None = None
-        anchor: float = 10.0
+        beta: float = 0.0
+        anchor: float = 30.0
         anchor_batch: int = 256
-        minibatches: int = 2
+        minibatches: int = 4
         max_grad_norm: float = 1.0
-        kernel: Kernel = Kernel("ddim", 1.0)
+        kernel: Kernel = Kernel("flow-sde", 0.7, (0.0, 0.3125))
 
     name: ClassVar[str] = "draft"
     requires: ClassVar[Requires] = Requires(gradient=True)
@@ -105,13 +107,10 @@ class DRaFT(Agent):
     def build(self) -> None:
         cfg, steps = self.config, self.env.steps
         if cfg.truncation not in ("fixed", "random", "refl"):
-            raise ConfigError(
-                f"draft: truncation is fixed, random or refl, not {cfg.truncation!r}"
-            )
+            raise ConfigError(f"draft: truncation is fixed, random or refl, not {cfg.truncation!r}")
         self.last: int = steps if cfg.last is None else cfg.last
         if not 1 <= self.last <= steps:
             raise ConfigError(f"draft: last must be 1 to {steps}, the env's steps, not {cfg.last}")
-        self.beta: float = self.env.task.beta if cfg.beta is None else cfg.beta
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
 
     def round(self) -> tuple[Tensor, Metrics]:
@@ -148,11 +147,16 @@ class DRaFT(Agent):
         for part in parts:
             path = rollout.path[:, part]
             if refl:
-                end, kl = predict(self.policy, path[start], start), torch.zeros(1, device=self.device)
+                end, kl = (
+                    predict(self.policy, path[start], start),
+                    torch.zeros(1, device=self.device),
+                )
             else:
-                end, kl = replay(self.policy, path, k, self.reference if self.beta else None)
-            loss = draft_loss(end, rollout.gradient[part]) + self.beta * kl.mean()
-            noisy = [i for i in self.policy.stochastic_steps if i >= start and not refl and self.beta]
+                end, kl = replay(self.policy, path, k, self.reference if cfg.beta else None)
+            loss = draft_loss(end, rollout.gradient[part]) + cfg.beta * kl.mean()
+            noisy = [
+                i for i in self.policy.stochastic_steps if i >= start and not refl and cfg.beta
+            ]
             self.env.ledger.nfe += len(part) * ((1 if refl else k) + len(noisy))
             if cfg.anchor:
                 loss = loss + cfg.anchor * self.drift(rollout, cfg.anchor_batch)

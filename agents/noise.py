@@ -104,14 +104,14 @@ class NoiseSAC(Agent):
         """
 
         lr: float = 1e-3
-        kl: float = 8.0
+        kl: float = 4.0
         alpha: float = 0.02
-        gradient_steps: int = 64
+        gradient_steps: int = 32
         batch_size: int = 256
         buffer_size: int = 16384
-        width: int = 256
+        width: int = 128
         n_critics: int = 2
-        weight_decay: float = 0.0
+        weight_decay: float = 0.1
 
     name: ClassVar[str] = "noise"
     control: ClassVar[Control] = "noise"

@@ -171,9 +171,7 @@ class FlowActorCritic(ActorCriticPolicy):
         actions = dist.get_actions(deterministic=deterministic)
         return actions, self.predict_values(obs), dist.log_prob(actions)
 
-    def evaluate_actions(
-        self, obs: Any, actions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         dist = self._dist(obs)
         entropy = self._anchor(obs, dist) if self.anchored else None
         return self.predict_values(obs), dist.log_prob(actions), entropy

@@ -262,6 +262,9 @@ def test_the_price_of_the_kl_holds_it():
     kl = {}
     for beta in (0.0, 0.1, 10.0):
         agent = probe_agent("draft", beta=beta, anchor=0.0).learn(10 * 64)
+        noisy = len(agent.policy.stochastic_steps)
+        nfe = 8 + 8 + (noisy if beta else 0)
+        assert 0 < noisy < 8 and agent.env.ledger.nfe == 10 * 64 * nfe
         rollout = collect(agent.env, agent.policy)
         kl[beta] = replay(agent.policy, rollout.path, 8, agent.reference)[1].mean().item()
     assert kl[0.0] > 1.5 * kl[0.1] and kl[0.1] > 5 * kl[10.0] >= 0
