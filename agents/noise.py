@@ -3,15 +3,15 @@
     w = mu + exp(s) * z,    z ~ N(0, I),    x = ODE_ref(w)
     max_(mu, s)  E[ Q(w) ] - alpha KL(N(mu, exp(2 s)) || N(0, I)),      Q = argmin E (Q(w) - judgement)^2
 
-Wagenmaker et al. 2025 (arXiv 2506.15799), with Stable-Baselines3's own SAC (Haarnoja et al. 2018, arXiv 1812.05905)
-on ``control="noise"``: an episode is one step, its action the noise. An unconditional generator has no state to
-steer by: the environment's observation is just a fresh noise, so the actor sees a constant, and what it learns is
-a law of the noise. Model B must stay a distribution: the noise given to ``sample`` is the ``z`` of the actor's
+Wagenmaker et al. 2025 (arXiv 2506.15799), with Stable-Baselines3's own SAC (Haarnoja et al. 2018, 1812.05905) on
+``control="noise"``: an episode is one step, its action the noise. An unconditional generator has no state to steer
+by: the environment's observation is just a fresh noise, so the actor sees a constant, and what it learns is a law
+of the noise. Model B must stay a distribution: the noise given to ``sample`` is the ``z`` of the actor's
 reparametrised head, mean and std both learned.
 
 Two things differ from SB3's default, by its own extension points. The head is not squashed: DSRL's tanh onto
-[-1.5, 1.5] cannot make N(0, I), so model B would leave the reference before it has learned anything; here it begins
-as exactly A. And the entropy is that relative to the reference's noise, ``-KL(N(mu, exp(2 s)) || N(0, I))`` in
+[-1.5, 1.5] cannot make N(0, I), so model B would leave the reference before it has learned anything; here it
+begins as exactly A. And the entropy is relative to the reference's noise, ``-KL(N(mu, exp(2 s)) || N(0, I))`` in
 closed form, so that SAC's temperature alpha, tuned as ever, holds the KL at ``kl`` nats. What a map does to its
 input cannot make two laws easier to tell apart, so this is a bound of KL(B || A) too.
 """
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from stable_baselines3 import SAC
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
@@ -42,14 +43,14 @@ def noise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 class NoiseActor(Actor):
-    """SAC's actor with an affine head, ``w = mu + std z``, in units of the action space's bound; begins as ``w = z``."""
+    """SAC's actor with an affine head, ``w = mu + std z`` in units of the bound; it begins as ``w = z``."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.bound = float(self.action_space.high.max())
-        for layer in (self.mu, self.log_std):
-            for parameter in layer.parameters():
-                torch.nn.init.zeros_(parameter)
+        for name, parameter in self.named_parameters():
+            assert name.startswith(("mu.", "log_std."))
+            torch.nn.init.zeros_(parameter)
 
     def steer(self, obs: Any, z: Tensor) -> Tensor:
         """The noise ``(n, D)`` that a standard normal ``z`` becomes."""
@@ -57,16 +58,18 @@ class NoiseActor(Actor):
         return mean + log_std.exp() * z
 
     def forward(self, obs: Any, deterministic: bool = False) -> Tensor:
-        z = torch.zeros(len(obs), self.mu.out_features, device=obs.device)
+        z = obs.new_zeros(len(obs), *self.action_space.shape)
         return self.steer(obs, z if deterministic else torch.randn_like(z)) / self.bound
 
     def action_log_prob(self, obs: Any) -> tuple[Tensor, Tensor]:
         mean, log_std, _ = self.get_action_dist_params(obs)
-        return self(obs), noise_kl(mean, log_std)
+        return self.forward(obs), noise_kl(mean, log_std)
 
 
 class NoiseCritic(ContinuousCritic):
     """SAC's critics, which see the noise itself and not its share of the bound."""
+
+    action_space: Box
 
     def forward(self, obs: Any, actions: Tensor) -> tuple[Tensor, ...]:
         return super().forward(obs, actions * float(self.action_space.high.max()))
@@ -121,15 +124,16 @@ class NoiseSAC(Agent):
         "critic_optimizer",
         "alpha_optimizer",
         "alpha",
-        "answers",
+        "replay",
     )
 
     def build(self) -> None:
         cfg = self.config
         self.face = FlowVecEnv(self.env)
+        self.blind = VecExtractDictObs(self.face, "t")  # t is always 0, and the noise tells nothing
         self.sac = SAC(
             NoisePolicy,
-            VecExtractDictObs(self.face, "t"),  # always 0: the reference's noise tells nothing
+            self.blind,
             learning_rate=cfg.lr,
             buffer_size=cfg.buffer_size,
             learning_starts=0,
@@ -145,39 +149,32 @@ class NoiseSAC(Agent):
             device=self.device,
         )
         self.callback = begin(self.sac)
-        self.actor_critic, self.actor_optimizer = self.sac.policy, self.sac.actor.optimizer
-        self.critic_optimizer, self.alpha_optimizer = (
-            self.sac.critic.optimizer,
-            self.sac.ent_coef_optimizer,
+        assert (
+            isinstance(self.sac.replay_buffer, AnsweredReplay) and self.sac.log_ent_coef is not None
         )
+        self.replay, self.log_alpha = self.sac.replay_buffer, self.sac.log_ent_coef
+        self.actor_critic, self.alpha_optimizer = self.sac.policy, self.sac.ent_coef_optimizer
+        assert isinstance(self.sac.actor, NoiseActor)
+        self.actor, self.actor_optimizer = self.sac.actor, self.sac.actor.optimizer
+        self.critic_optimizer = self.sac.critic.optimizer
 
     @property
     def alpha(self) -> Tensor:
-        """The temperature's logarithm, ``(1,)``."""
-        return self.sac.log_ent_coef.detach()
+        """The temperature, ``(1,)``, as its logarithm: that is what SAC learns."""
+        return self.log_alpha.detach()
 
     @alpha.setter
     def alpha(self, value: Tensor) -> None:
         with torch.no_grad():
-            self.sac.log_ent_coef.copy_(value)
-
-    @property
-    def answers(self) -> dict[str, Any]:
-        """What is in the replay buffer, and where the next answer goes."""
-        return self.sac.replay_buffer.state()
-
-    @answers.setter
-    def answers(self, value: dict[str, Any]) -> None:
-        self.sac.replay_buffer.restore(value)
+            self.log_alpha.copy_(value)
 
     def round(self) -> tuple[Tensor, Metrics]:
-        cfg, sac, replay = self.config, self.sac, self.sac.replay_buffer
-        sac._last_obs = sac.env.reset()
+        cfg, sac = self.config, self.sac
+        sac._last_obs = self.blind.reset()
+        once = TrainFreq(1, TrainFrequencyUnit.STEP)
         with seeded(self.generator):
-            sac.collect_rollouts(
-                sac.env, self.callback, TrainFreq(1, TrainFrequencyUnit.STEP), replay
-            )
-            if replay.size():
+            sac.collect_rollouts(self.blind, self.callback, once, self.replay)
+            if self.replay.size():
                 sac.train(cfg.gradient_steps, cfg.batch_size)
         logged = {k: float(v) for k, v in sac.logger.name_to_value.items()}
         names = ("critic_loss", "actor_loss", "ent_coef")
@@ -189,7 +186,7 @@ class NoiseSAC(Agent):
     def steer(self, noise: Tensor) -> Tensor:
         """The noises that the reference starts from instead of the given ones, ``(n, *event_shape)``."""
         z = noise.to(self.device).flatten(1)
-        return self.sac.actor.steer(z.new_zeros(len(z), 1), z).view(noise.shape)
+        return self.actor.steer(z.new_zeros(len(z), 1), z).view(noise.shape)
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.env.reference.sample(self.steer(noise))
@@ -213,7 +210,5 @@ class NoiseSAC(Agent):
 
     @torch.no_grad()
     def kl_bound(self) -> float:
-        mean, log_std, _ = self.sac.actor.get_action_dist_params(
-            torch.zeros(1, 1, device=self.device)
-        )
-        return float(noise_kl(mean, log_std))
+        constant = torch.zeros(1, 1, device=self.device)
+        return float(noise_kl(*self.actor.get_action_dist_params(constant)[:2]))

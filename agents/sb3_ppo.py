@@ -1,14 +1,15 @@
-"""``sb3-ppo``: Stable-Baselines3's own PPO, its policy the flow: what any SB3 user gets, and the control for ``ppo``.
+"""``sb3-ppo``: Stable-Baselines3's own PPO, the flow its policy: any SB3 user's entry, our control for ``ppo``.
 
-    a ~ N(m_theta(x_t, t), std_t^2),    m_theta = the kernel's mean of the flow's step,   std = the kernel's
-    A = R - V(x_t, t)  over std in each minibatch,    L = E[max(-A rho, -A clip(rho, 1 - c, 1 + c))] + v E (V - R)^2
+    a ~ N(m, std^2),     m = the kernel's mean of the flow's step,  std = the kernel's,     A = R - V(x_t, t)
+    L = E[max(-A rho, -A clip(rho, 1 - c, 1 + c))] + v E (V - R)^2 + e E |v_theta - v_ref|^2
 
-Schulman et al. 2017 (arXiv 1707.06347), Raffin et al. 2021 (JMLR 22-268); gamma = lambda = 1, so every step's return
-R is the sample's judgement, and the env's KL cost where it has one (``kl_coef``). What ``ppo`` has and SB3 has not:
-advantages without a critic, and rows without an answer left out. To SB3 no answer is a reward of 0, as the
-environment says it; a round without any answer is skipped. The anchor to the reference on the steps without noise
-takes the place of SB3's entropy bonus (``prefenv.sb3.FlowActorCritic``): with ``ent_coef=0`` the late steps, which
-no log-probability reaches, drift until the shapes are gone (measured: residual 12 times the reference's).
+Schulman et al. 2017 (arXiv 1707.06347), Raffin et al. 2021 (JMLR 22-268); A is standardised in each minibatch, and
+gamma = lambda = 1, so every step's return R is the sample's judgement, and the env's KL cost where it has one
+(``kl_coef``). What ``ppo`` has and SB3 has not: advantages without a critic, and rows without an answer left out.
+To SB3 no answer is a reward of 0, as the environment says it; a round without any answer is skipped. The anchor on
+the steps without noise takes the place of SB3's entropy bonus (``prefenv.sb3.FlowActorCritic``): with
+``ent_coef=0`` the late steps, which no log-probability reaches, drift until the shapes are gone (measured: 12 times
+the reference's residual).
 
 SB3's ``save`` holds pickles, so it is not used: weights and optimiser are saved like every agent's. It draws from
 the global generators of torch and NumPy, which ``prefenv.sb3.seeded`` lends to it.

@@ -4,6 +4,7 @@ SB3's own route to many rows is ``DummyVecEnv``, a Python loop over single envir
 batched environment instead. Any of its algorithms then learns as it always does::
 
     env = gym.make_vec("prefenv/Shapes-v0", num_envs=64, kernel="flow-sde")
+    options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": 1.0, **settings}
     model = PPO(
         FlowActorCritic,
         FlowVecEnv(env.unwrapped),
@@ -207,12 +208,12 @@ class AnsweredReplay(ReplayBuffer):
                 row = slice(i, i + 1)
                 super().add(obs[row], next_obs[row], action[row], reward[row], done[row], [info])
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What it holds, as a tree of tensors and JSON values."""
         arrays = {k: torch.from_numpy(getattr(self, k)[: self.size()].copy()) for k in self.ARRAYS}
         return {**arrays, "pos": self.pos, "full": self.full}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold what a buffer of the same size held."""
         for name in self.ARRAYS:
             getattr(self, name)[: len(state[name])] = state[name].cpu().numpy()
@@ -220,7 +221,7 @@ class AnsweredReplay(ReplayBuffer):
 
 
 def begin(model: BaseAlgorithm) -> BaseCallback:
-    """Make an algorithm ready for its ``collect_rollouts`` and ``train`` outside ``learn``, logging to memory only.
+    """Make an algorithm ready for ``collect_rollouts`` and ``train`` outside ``learn``; it logs to memory only.
 
     Returns:
         The callback that ``collect_rollouts`` wants; it does nothing.
@@ -231,10 +232,10 @@ def begin(model: BaseAlgorithm) -> BaseCallback:
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Generator[None, None, None]:
-    """Lend the global generators of torch and NumPy, seeded by a draw from ``generator``; they come back untouched."""
+    """Lend torch's and NumPy's global generators, seeded by a draw from ``generator``; they return untouched."""
     device = generator.device
     seed = int(torch.randint(2**32, (), generator=generator, device=device))
-    before = np.random.get_state()  # noqa: NPY002: it is what SB3 draws minibatches from
+    before = np.random.get_state()  # noqa: NPY002 (what SB3 draws minibatches from)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
@@ -263,6 +264,7 @@ def make_ppo(
         reference: The generator to copy and its kernel; None = the environment's.
         settings: More of SB3's ``PPO``.
     """
+    options: dict[str, Any] = {"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": 1.0, **settings}
     model = PPO(
         FlowActorCritic,
         FlowVecEnv(env),
@@ -275,7 +277,7 @@ def make_ppo(
             "reference": reference or env.reference,
             "anchored": bool(settings.get("ent_coef")),
         },
-        **{"gamma": 1.0, "gae_lambda": 1.0, "max_grad_norm": 1.0, **settings},
+        **options,
     )
     callback = begin(model)
 

@@ -120,7 +120,7 @@ def test_path_kl_of_a_shift_in_closed_form():
 
 
 def test_at_the_reference_it_is_the_gradient_of_adjoint_matching(small_flow):
-    """There the KL is flat, and ``d|b dv / std + std ~a|^2 = 2 b dv^T ~a``, ``~a = -grad r / beta`` carried back."""
+    """The KL is flat there, and ``d|b dv / std + std ~a|^2 = 2 b dv^T ~a``, ``~a`` ending in ``-grad r / beta``."""
     flow, beta = small_flow(dtype=torch.float64), 0.1
     policy, path, _ = walked(flow, Kernel("ddim", 1.0))
     slope = reward_gradient(path[-1])
@@ -144,7 +144,7 @@ def test_at_the_reference_it_is_the_gradient_of_adjoint_matching(small_flow):
 
 
 def shifted(policy):
-    """What shifting the velocity to N(m, 1) does to the flow to N(0, 1): ``d x_N / dm`` and ``d sqrt(2 KL) / dm``."""
+    """Of the velocity to N(m, 1) on the path to N(0, 1): ``G = d x_N / dm``, and H of ``KL = H m^2 / 2``."""
     gain, square = 0.0, 0.0
     table = [c.tolist() for c in policy.table]
     for t, a, b, std in zip(policy.times[:-1].tolist(), *table, strict=True):
@@ -155,7 +155,7 @@ def shifted(policy):
 
 
 def test_the_kl_stops_a_gaussian_at_the_tilt():
-    """``E[<g, x_N>] - beta KL`` is flat at ``m = g G / (beta H)``, and there ``E x_N`` is the tilt's, ``g / beta``."""
+    """``E[<g, x_N>] - beta KL`` is flat at ``m = g G / (beta H)``; ``E x_N`` is then the tilt's ``g / beta``."""
     slope, beta, steps = 0.3, 0.5, 8
     flow, reference = (gaussian([0.0], 1.0, torch.float64) for _ in range(2))
     policy, _, noises = walked(flow, Kernel("ddim", 1.0), steps)

@@ -1,4 +1,4 @@
-"""Stable-Baselines3 on the environment: the vector env, the generator as its policy, generators lent and given back."""
+"""Stable-Baselines3 on the environment: the vector env, the generator as its policy, lent random generators."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_the_reference_has_an_anchor_of_0():
 
 
 def draws():
-    return torch.rand(3).tolist(), np.random.rand(3).tolist()  # noqa: NPY002: SB3's own source
+    return torch.rand(3).tolist(), np.random.rand(3).tolist()  # noqa: NPY002 (SB3's own source)
 
 
 def test_global_generators_are_lent_and_come_back():
@@ -242,7 +242,7 @@ def test_replay_keeps_answered_rows_alone_and_the_newest():
 def test_replay_goes_on_where_it_stood():
     buffer, other = replay(), replay()
     add(buffer, range(4), [True] * 4)
-    other.restore(buffer.state())
+    other.load_state_dict(buffer.state_dict())
     for b in (buffer, other):
         add(b, range(10, 14), [True] * 4)
     for name in buffer.ARRAYS:

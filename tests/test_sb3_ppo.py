@@ -91,7 +91,7 @@ def test_no_answer_is_a_reward_of_0():
 
 
 def test_numpys_generator_is_left_alone_too():
-    np.random.seed(3)  # noqa: NPY002: it is SB3's source of minibatches
+    np.random.seed(3)  # noqa: NPY002 (it is SB3's source of minibatches)
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     probe_agent("sb3-ppo").learn(ROWS)
     assert (before == np.random.get_state()[1]).all()  # noqa: NPY002

@@ -17,7 +17,6 @@ from benchmarks.speed_timing import Fact, Found, Row, interleave, pair
 from benchmarks.speed_training import plain_training
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
-from prefenv.registry import make_oracle
 from prefenv.tasks import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
