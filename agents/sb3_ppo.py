@@ -8,8 +8,8 @@ gamma = lambda = 1, so every step's return R is the sample's judgement, and the 
 (``kl_coef``). What ``ppo`` has and SB3 has not: advantages without a critic, and rows without an answer left out.
 To SB3 no answer is a reward of 0, as the environment says it; a round without any answer is skipped. The anchor on
 the steps without noise takes the place of SB3's entropy bonus (``prefenv.sb3.FlowActorCritic``): with
-``ent_coef=0`` the late steps, which no log-probability reaches, drift until the shapes are gone (measured: 12 times
-the reference's residual).
+``ent_coef=0`` the late steps, which no log-probability reaches, drift until the shapes are gone (measured: 12
+times the reference's residual).
 
 SB3's ``save`` holds pickles, so it is not used: weights and optimiser are saved like every agent's. It draws from
 the global generators of torch and NumPy, which ``prefenv.sb3.seeded`` lends to it.

@@ -120,7 +120,7 @@ def test_path_kl_of_a_shift_in_closed_form():
 
 
 def test_at_the_reference_it_is_the_gradient_of_adjoint_matching(small_flow):
-    """The KL is flat there, and ``d|b dv / std + std ~a|^2 = 2 b dv^T ~a``, ``~a`` ending in ``-grad r / beta``."""
+    """There the KL is flat; ``d|b dv / std + std ~a|^2 = 2 b dv^T ~a``, ``~a`` ending in ``-grad r / beta``."""
     flow, beta = small_flow(dtype=torch.float64), 0.1
     policy, path, _ = walked(flow, Kernel("ddim", 1.0))
     slope = reward_gradient(path[-1])
