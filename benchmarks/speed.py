@@ -17,7 +17,6 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +29,6 @@ from benchmarks.speed_timing import Found, Row
 from benchmarks.speed_training import against_sb3, reference_training
 
 RESULTS = Path(__file__).parent / "results"
-HAS_SB3 = find_spec("stable_baselines3") is not None
 
 NOTES = """\
 What is compared:
@@ -44,7 +42,7 @@ What is compared:
 - **SyncVectorEnv**: SAME_STEP autoreset. In a whole rollout the generator acts for all rows at once on both
   sides; its time is the same for both and caps the ratio.
 - **Stable-Baselines3**: its own `collect_rollouts` and `train` with a batched `VecEnv`
-  (`benchmarks/sb3.py`), not `DummyVecEnv`. The same: network, kernel (stochastic at every step),
+  (`prefenv/sb3.py`), not `DummyVecEnv`. The same: network, kernel (stochastic at every step),
   transitions, minibatches, epochs, gradient clipping, a learning rate of 0, `anchor=0`. Different: SB3 has
   a value network (129-64-1) with its loss, its Adam is not fused unless said, its env speaks numpy through
   Gymnasium's face, and it evaluates the network with one t a row. Our `collect` goes to the env's core,
@@ -110,9 +108,7 @@ def measure(size: Size, device: str) -> tuple[Found, list[dict[str, Any]]]:
         found.add(against_bare_loop(rows, goal, rounds, device))
     say(f"SyncVectorEnv on {device}")
     found.add(against_sync_vector_env(*size.sync, device))
-    if not HAS_SB3:
-        say("not Stable-Baselines3: it is not installed (pip install 'prefenv[sb3]')")
-    for settings in size.sb3 if HAS_SB3 else ():
+    for settings in size.sb3:
         say(f"Stable-Baselines3, {settings[0]} rows on {device}")
         found.add(against_sb3(*settings, device))
     say(f"reference training on {device}")
@@ -141,7 +137,7 @@ def machine() -> str:
 
 def versions() -> str:
     """The versions that matter, in one line."""
-    names = ["torch", "numpy", "gymnasium", *["stable-baselines3"] * HAS_SB3, "prefenv"]
+    names = ["torch", "numpy", "gymnasium", "stable-baselines3", "prefenv"]
     return ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)])
 
 

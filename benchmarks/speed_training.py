@@ -15,6 +15,7 @@ from prefenv.envs import FlowVectorEnv
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import collect
+from prefenv.sb3 import make_ppo
 from prefenv.tasks import Task, TrainConfig
 
 
@@ -24,8 +25,6 @@ def against_sb3(rows: int, batch: int, epochs: int, rounds: int, device: str) ->
     The learning rate is 0 in both: the arithmetic is the same, every round measures the same weights, and what was
     collected must replay with a ratio of 1.
     """
-    from benchmarks.sb3 import make_ppo
-
     kernel = Kernel(
         "flow-sde", 0.7
     )  # every step is stochastic, so both learn from every transition
@@ -36,8 +35,8 @@ def against_sb3(rows: int, batch: int, epochs: int, rounds: int, device: str) ->
         PPO.Config(lr=0.0, epochs=epochs, minibatches=minibatches, anchor=0.0, kernel=kernel),
         seed=0,
     )
-    theirs, their_rollout = make_ppo(face, batch, epochs, lr=0.0)
-    fused, fused_rollout = make_ppo(face, batch, epochs, lr=0.0)
+    theirs, their_rollout = make_ppo(face, batch, epochs, lr=0.0, seed=0)
+    fused, fused_rollout = make_ppo(face, batch, epochs, lr=0.0, seed=0)
     fused.policy.optimizer = torch.optim.Adam(
         fused.policy.parameters(), lr=0.0, eps=1e-5, fused=True
     )

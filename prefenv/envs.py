@@ -97,7 +97,8 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
 
         Returns:
             Observations, rewards, terminated, truncated (never), and info: ``clipped`` (coordinates of each row
-            clipped so far), and at the end ``judged`` (rows that got an answer), ``final_obs`` and ``final_info``.
+            clipped so far), and at the end ``judgement`` (NaN = no answer), ``judged`` (rows that got one),
+            ``final_obs`` and ``final_info``.
         """
         x, reward = self.advance(actions)
         self._show(x)
@@ -105,6 +106,7 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
         info: dict[str, Any] = {"clipped": self._face(self.clipped.clone())}
         observation = self._observation(x, self.steps if done else self._i)
         if done:
+            info["judgement"] = self._face(self.judgement)
             info["judged"] = self._face(~self.judgement.isnan())
             info["final_info"] = {k: info[k] for k in ("judged", "clipped")}
             info["final_obs"] = self._rows(observation)

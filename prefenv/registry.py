@@ -38,6 +38,9 @@ AGENTS = {
     "rft": "agents.rft:RFT",
     "adjoint": "agents.adjoint:AdjointMatching",
     "learned-reward": "agents.learned_reward:LearnedReward",
+    "draft": "agents.draft:DRaFT",
+    "sb3-ppo": "agents.sb3_ppo:SB3PPO",
+    "noise": "agents.noise:NoiseSAC",
 }
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",

@@ -36,6 +36,9 @@ QUICK: dict[str, tuple[dict, float | None]] = {
     "rwr": ({"lr": 2e-3, "updates": 12}, 0.9),
     "rft": ({"lr": 2e-3, "updates": 12}, 0.9),
     "best-of-n": ({}, 0.95),
+    "draft": ({"lr": 5e-3, "anchor": 0.1}, 0.8),
+    "sb3-ppo": ({"lr": 5e-3, "batch_size": 128}, 0.7),
+    "noise": ({"lr": 1e-2, "width": 32, "batch_size": 64, "gradient_steps": 16}, 0.8),
 }
 # To whom equal judgements teach nothing at all: those that learn from differences.
 BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo")

@@ -55,6 +55,9 @@ VARIANTS = [
     ("pfm", {"coupling": "pair", "sigma": 0.1, "source": "reference", "iterate": 3}),
     ("ppo", {"kl_coef": 0.1, "reduction": "mean"}),
     ("d3po", {"clamp": "none", "epochs": 2}),
+    ("draft", {"truncation": "random", "beta": 0.1}),
+    ("draft", {"truncation": "refl", "last": 4}),
+    ("sb3-ppo", {"ent_coef": 0.0, "n_epochs": 1}),
 ]
 every_variant = pytest.mark.parametrize(
     ("name", "settings"),

@@ -17,7 +17,6 @@ from benchmarks.speed_timing import Fact, Found, Row, interleave, pair
 from benchmarks.speed_training import plain_training
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
-from prefenv.registry import make_oracle
 from prefenv.tasks import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,106 +156,6 @@ def test_memory_is_a_process_of_its_own():
     path = 17 * 2048 * 128 * 4 / 2**20
     assert path < large["peak"] - large["imports"] < path + 200
     assert small["peak"] - small["imports"] < path
-
-
-# Stable-Baselines3
-
-
-@pytest.fixture
-def sb3():
-    pytest.importorskip("stable_baselines3")
-    from benchmarks import sb3
-
-    return sb3
-
-
-def test_vec_env_tells_sb3_what_finished(sb3):
-    core = FlowVectorEnv(4, steps=3, device="cpu")
-    env = sb3.FlowVecEnv(core)
-    env.seed(5)
-    observation = env.reset()
-    again = FlowVectorEnv(4, steps=3, device="cpu").reset(seed=5)[0]
-    assert np.array_equal(observation["x"], again["x"])
-    actions = np.random.default_rng(0).normal(size=(3, 4, 128)).astype(np.float32)
-    for i in range(3):
-        observation, reward, done, infos = env.step(actions[i])
-        assert done.dtype == bool and done.tolist() == [i == 2] * 4
-        assert len({id(info) for info in infos}) == 4
-        if i < 2:
-            assert infos == [{}] * 4
-    score = make_oracle("s-curve", core.task).score(torch.tensor(actions[2]).view(4, 64, 2))
-    np.testing.assert_allclose(reward, score, rtol=1e-5)
-    for row, info in enumerate(infos):
-        assert np.array_equal(info["terminal_observation"]["x"], actions[2, row])
-        assert info["terminal_observation"]["t"] == [1.0]
-        assert info["TimeLimit.truncated"] is False
-        assert not np.array_equal(observation["x"][row], actions[2, row])
-    assert (observation["t"] == 0).all()
-
-
-def test_vec_env_has_sb3s_other_methods(sb3):
-    from stable_baselines3.common.vec_env import VecMonitor
-
-    env = sb3.FlowVecEnv(FlowVectorEnv(4, steps=2, device="cpu"))
-    assert env.get_attr("steps") == [2] * 4 and env.get_attr("steps", [0, 1]) == [2] * 2
-    env.set_attr("render_mode", "ansi")
-    assert env.env.render_mode == "ansi"
-    assert env.env_is_wrapped(VecMonitor) == [False] * 4
-    assert env.env_method("close") == [None] * 4 and env.get_attr("num_envs", 2) == [4]
-    watched = VecMonitor(env)
-    watched.reset()
-    for _ in range(2):
-        *_, infos = watched.step(np.zeros((4, 128), np.float32))
-    assert [info["episode"]["l"] for info in infos] == [2] * 4
-    watched.close()
-
-
-def test_sb3_acts_as_the_generator_and_knows_its_log_probabilities(sb3):
-    env = FlowVectorEnv(4, device="cpu")
-    model, _ = sb3.make_ppo(env, 16, 1, lr=0.0)
-    observation, _ = env.reset(seed=0)
-    for i in range(env.steps):
-        ours, _ = env.reference.predict(observation, deterministic=False)
-        mean, _ = model.predict(observation, deterministic=True)
-        tensors = {k: torch.as_tensor(v) for k, v in observation.items()}
-        x = tensors["x"].view(4, 64, 2)
-        there = env.reference.mean(x, env.reference.velocity(x, i), i).flatten(1)
-        np.testing.assert_allclose(mean, there, rtol=1e-4, atol=1e-4)
-        _, log_prob, _ = model.policy.evaluate_actions(tensors, torch.as_tensor(ours))
-        index = torch.full((4,), i)
-        expected = env.reference.log_prob(x, index, torch.as_tensor(ours).view(4, 64, 2))
-        torch.testing.assert_close(log_prob, expected, rtol=1e-4, atol=1e-2)
-        drawn, _, said = model.policy(tensors)
-        again = env.reference.log_prob(x, index, drawn.view(4, 64, 2))
-        torch.testing.assert_close(said, again, rtol=1e-4, atol=1e-2)
-        observation, *_ = env.step(ours)
-
-
-def test_with_learning_rate_0_sb3_replays_what_it_collected(sb3):
-    """And it notices when it does not: the clip fraction of a changed network is not 0."""
-    model, rollout = sb3.make_ppo(FlowVectorEnv(8, device="cpu"), 32, 2, lr=0.0)
-    before = [p.clone() for p in model.policy.parameters()]
-    rollout()
-    assert model.rollout_buffer.full and model.rollout_buffer.actions.shape == (16, 8, 128)
-    model.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
-    logged = model.logger.name_to_value
-    assert logged["train/clip_fraction"] == 0 and abs(logged["train/approx_kl"]) < 1e-6
-    rollout()
-    torch.nn.init.normal_(model.policy.flow.field.out.bias, std=0.3)
-    model.train()
-    assert logged["train/clip_fraction"] > 0.5
-
-
-def test_sb3_learns_with_it(sb3):
-    model, rollout = sb3.make_ppo(FlowVectorEnv(8, device="cpu"), 32, 1, lr=1e-3)
-    flow, critic = model.policy.flow.field, model.policy.critic
-    before = flow.out.weight.clone(), critic[0].weight.clone()
-    rollout()
-    model.train()
-    assert not torch.equal(flow.out.weight, before[0])
-    assert not torch.equal(critic[0].weight, before[1])
-    assert not any(p.requires_grad for p in model.env.env.reference.flow.parameters())
 
 
 # CUDA
