@@ -14,9 +14,8 @@ DRaFT-LV is not here: its n noises a sample are n questions a sample, and questi
 The public codes (AlignProp, ImageReward) have no term that holds the model at the reference, only early stopping;
 ReFL's paper has one, its code has not (zai-org/ImageReward#95). Here it is ``anchor``, the velocity's drift on the
 steps without noise, and ``beta`` for the path's KL on those with noise; 0 for both is theirs. A truncated
-gradient moves the early steps too, by the shared weights, but does not see what they decide: on shapes, where the
-class is decided early, and with the anchor, the last 8 of 16 steps learn nothing (preferred rate 0.24), all 16 do
-(0.99).
+gradient moves the early steps too, by the shared weights, but does not see what they decide. On shapes that is the
+class: under the anchor the last 8 of 16 steps learn nothing (preferred rate 0.24), all 16 do (0.99).
 """
 
 from __future__ import annotations

@@ -137,6 +137,14 @@ def test_going_on_when_the_buffer_has_wrapped(tmp_path):
     )
 
 
+def test_it_learns_in_an_env_that_was_left_between_samples():
+    agent = probe_agent("noise")
+    agent.env.begin()
+    agent.env.advance(noises(ROWS))  # finished, and nothing new begun
+    agent.learn(ROWS)
+    assert agent.replay.size() == ROWS and agent.env.ledger.queries == 2 * ROWS
+
+
 def test_it_wants_an_env_of_noises():
     with pytest.raises(ConfigError, match="control='noise'"):
         make_agent("noise", probe_env()[0])
