@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from prefenv.errors import ConfigError, UnknownNameError
+from prefenv.kernels import Kernel
 
 TASKS = {
     "shapes": "prefenv.tasks.shapes:Shapes",
@@ -144,14 +145,22 @@ def make_teacher(settings: str, oracle: Any, seed: int = 0) -> Any:
 def agent_config(name: str) -> Any:
     """The ``Config`` that a text names: the agent's defaults, and the settings behind the name.
 
+    A kernel is a name, ``grpo:kernel=cps`` (at its own noise level, in the agent's window), or a name, a level
+    and perhaps the ends of a window, ``grpo:kernel=("cps",0.5,0.0,1.0)``.
+
     Raises:
         UnknownNameError: Unknown agent.
         ConfigError: A setting that it does not have, or a wrong one.
     """
     plain, settings = parse(name)
+    config = lookup("agent", plain).Config
     try:
-        return lookup("agent", plain).Config(**settings)
-    except (TypeError, ValueError) as error:
+        given, usual = settings.get("kernel"), getattr(config(), "kernel", None)
+        if isinstance(usual, Kernel) and given is not None:
+            kind, level, *window = given if isinstance(given, tuple) else (given, None)
+            settings["kernel"] = Kernel(kind, level, tuple(window) or usual.window)
+        return config(**settings)
+    except (TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"agent {plain!r}: {error}") from None
 
 

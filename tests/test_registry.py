@@ -12,9 +12,10 @@ import torch
 
 from oracles.s_curve import SCurve
 from prefenv import registry
-from prefenv.errors import ConfigError, UnknownNameError
+from prefenv.errors import ConfigError, PrefenvError, UnknownNameError
+from prefenv.kernels import Kernel
 from prefenv.oracle import Oracle
-from prefenv.registry import lookup, make_agent, make_oracle, make_task, names, parse
+from prefenv.registry import agent_config, lookup, make_agent, make_oracle, make_task, names, parse
 from prefenv.tasks import Task
 from prefenv.tasks.shapes import Shapes
 
@@ -193,3 +194,14 @@ def test_entry_points_are_found(monkeypatch):
     assert type(make_oracle("plain:answer=1.0", Shapes())).__name__ == "Plain"
     with pytest.raises(UnknownNameError, match="plain; did you mean 'plain'"):
         lookup("oracle", "plan")
+
+
+def test_a_kernel_can_be_named_in_an_agents_settings():
+    usual = agent_config("grpo").kernel
+    assert agent_config("grpo:kernel=cps").kernel == Kernel("cps", None, usual.window)
+    assert agent_config('grpo:kernel=("cps",0.5)').kernel == Kernel("cps", 0.5, usual.window)
+    whole = agent_config('grpo:kernel=("constant",0.3,0.0,1.0)').kernel
+    assert whole == Kernel("constant", 0.3, (0.0, 1.0))
+    for wrong in ("nope", "3", '("cps",)', '("cps",0.5,0.1)', '("cps",7.0)'):
+        with pytest.raises(PrefenvError, match=r"nope|3|unpack|index|level"):
+            agent_config(f"grpo:kernel={wrong}")
