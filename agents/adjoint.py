@@ -124,5 +124,5 @@ class AdjointMatching(Agent):
                 self.env.ledger.nfe += len(part)
         return {
             "loss": total / max(count, 1),
-            "adjoint": float(adjoint[0].flatten(1).norm(dim=1).mean()),
+            "adjoint": float(target.flatten(1).norm(dim=1).mean()),
         }
