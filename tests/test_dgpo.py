@@ -70,6 +70,14 @@ def test_loss_and_gradient_match_golden(dgpo, clip):
         close(-torch.autograd.grad(loss, velocity)[0], g[f"{clip}_grad_v_theta"][i])
 
 
+def test_what_has_moved_enough_by_hand():
+    """At a clip of 0.2 the good rest above a ratio of 1.2, the bad below 0.8."""
+    ratio = torch.tensor([1.3, 1.1, 0.9, 0.7]).repeat(2)
+    gain = torch.tensor([1.0] * 4 + [-1.0] * 4)
+    rest = moved_enough(-ratio.log(), torch.zeros(8), gain, 0.2)
+    assert rest.tolist() == [True, False, False, False, False, False, False, True]
+
+
 def test_a_panel_of_two_has_the_gradient_of_the_pairwise_loss():
     """With advantages +1 and -1 it is the diffusion-DPO loss's, divided by beta."""
     error, reference = torch.rand(2, 5, 2, dtype=torch.float64)
