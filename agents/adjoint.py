@@ -13,9 +13,9 @@ In the paper ~a is ~a_t, of the start of the step (``adjoint="start"``). The der
 ``E[-r / beta + sum |b (v - v_ref)|^2 / (2 std^2)]`` is the one of its end: with that the mean of a Gaussian moves
 by exactly the tilt at any number of steps, with the paper's by 0.85 of it at 16 steps.
 
-The last step of ``ddim`` has no noise and no target, so ``anchor`` holds its velocity (measured on shapes: without
-it the residual is x3.6). Where the reward is flat but at the border of two classes, as on shapes, nearly all that
-there is to learn is in a few samples with a huge ``~a``: rounds without one draw the model back to the reference.
+The last step of ``ddim`` has no noise and no target, so ``anchor`` holds its velocity (measured on shapes, two
+seeds: rate 0.73 and 0.92, without it 0.26 and 0.55). Where the reward is flat but at the border of two classes, as
+there, nearly all that can be learned is in a few samples with a huge ``~a``: rounds without one draw the model back.
 """
 
 from __future__ import annotations
