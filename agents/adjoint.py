@@ -15,7 +15,7 @@ by exactly the tilt at any number of steps, with the paper's by 0.85 of it at 16
 
 The last step of ``ddim`` has no noise and no target, so ``anchor`` holds its velocity (measured on shapes, two
 seeds: rate 0.73 and 0.92, without it 0.26 and 0.55). Where the reward is flat but at the border of two classes, as
-there, nearly all that can be learned is in a few samples with a huge ``~a``: rounds without one draw the model back.
+there, nearly all that can be learned is in a few samples with a huge ``~a``; rounds without one pull it back.
 """
 
 from __future__ import annotations
