@@ -12,6 +12,10 @@ reward (the public flow-density-control has the other one, and keeps the first q
 In the paper ~a is ~a_t, of the start of the step (``adjoint="start"``). The derivative of the discrete objective
 ``E[-r / beta + sum |b (v - v_ref)|^2 / (2 std^2)]`` is the one of its end: with that the mean of a Gaussian moves
 by exactly the tilt at any number of steps, with the paper's by 0.85 of it at 16 steps.
+
+The last step of ``ddim`` has no noise and no target, so ``anchor`` holds its velocity (measured on shapes, two
+seeds: rate 0.73 and 0.92, without it 0.26 and 0.55). Where the reward is flat but at the border of two classes, as
+there, nearly all that can be learned is in a few samples with a huge ``~a``; rounds without one pull it back.
 """
 
 from __future__ import annotations
@@ -72,6 +76,7 @@ class AdjointMatching(Agent):
                 ``start`` = the paper's.
             epochs: Passes over each round.
             minibatches: Optimiser steps per pass.
+            anchor: Weight of the velocity's drift from the reference on the deterministic steps.
             max_grad_norm: Largest gradient norm.
             kernel: The stochastic step: memoryless, or the optimum is another one.
         """
@@ -81,6 +86,7 @@ class AdjointMatching(Agent):
         adjoint: Literal["end", "start"] = "end"
         epochs: int = 2
         minibatches: int = 4
+        anchor: float = 100.0
         max_grad_norm: float = 1.0
         kernel: Kernel = Kernel("ddim", 1.0)
 
@@ -116,6 +122,8 @@ class AdjointMatching(Agent):
                 t = policy.times.to(batch.x)[batch.index[part]]
                 change = self.model.velocity(batch.x[part], t) - reference[part]
                 loss = adjoint_loss(change, target[part], b[part], std[part]).mean()
+                if cfg.anchor:
+                    loss = loss + cfg.anchor * self.drift(rollout, len(told))
                 self.optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
@@ -124,5 +132,5 @@ class AdjointMatching(Agent):
                 self.env.ledger.nfe += len(part)
         return {
             "loss": total / max(count, 1),
-            "adjoint": float(adjoint[0].flatten(1).norm(dim=1).mean()),
+            "adjoint": float(target.flatten(1).norm(dim=1).mean()),
         }

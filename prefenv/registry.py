@@ -32,6 +32,7 @@ AGENTS = {
     "dspo": "agents.dspo:DSPO",
     "kto": "agents.kto:KTO",
     "mapo": "agents.mapo:MaPO",
+    "nft": "agents.nft:NFT",
     "awm": "agents.awm:AWM",
     "dgpo": "agents.dgpo:DGPO",
     "rwr": "agents.rwr:RWR",

@@ -33,6 +33,7 @@ QUICK: dict[str, tuple[dict, float | None]] = {
     "dspo": (MATCHING, 0.9),
     "kto": (MATCHING, 0.6),
     "mapo": (MATCHING, 0.9),
+    "nft": ({**MATCHING, "kl_coef": 0.05}, 0.95),
     "rwr": ({"lr": 2e-3, "updates": 12}, 0.9),
     "rft": ({"lr": 2e-3, "updates": 12}, 0.9),
     "best-of-n": ({}, 0.95),
@@ -41,7 +42,7 @@ QUICK: dict[str, tuple[dict, float | None]] = {
     "noise": ({"lr": 1e-2, "width": 32, "batch_size": 64, "gradient_steps": 16}, 0.8),
 }
 # To whom equal judgements teach nothing at all: those that learn from differences.
-BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo")
+BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo", "nft")
 
 
 def left(samples):

@@ -10,7 +10,7 @@ from prefenv.matching import Points, blend_, matching_error, row_mean
 from prefenv.policy import Rollout, collect
 from prefenv.testing.probe import right
 
-NAMES = ["flow-dpo", "dspo", "kto", "mapo", "awm", "dgpo", "rwr"]
+NAMES = ["flow-dpo", "dspo", "kto", "mapo", "nft", "awm", "dgpo", "rwr"]
 every_agent = pytest.mark.parametrize("name", NAMES)
 
 
@@ -141,6 +141,7 @@ QUICK = {
     "dspo": ({"lr": 5e-3, "updates": 5}, 0.9),
     "kto": ({"lr": 5e-3, "beta": 2.0, "horizon": 1.0, "anchor": 0.0}, 0.95),
     "mapo": ({"lr": 5e-3, "updates": 5}, 0.85),
+    "nft": ({"lr": 5e-3, "updates": 5}, 0.75),
     "awm": ({"lr": 5e-3, "ema_decay": 0.5}, 0.8),
     "dgpo": ({"lr": 5e-3}, 0.95),
     "rwr": ({"lr": 5e-3, "updates": 5}, 0.9),
