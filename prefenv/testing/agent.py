@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prefenv.errors import ConfigError
 from prefenv.testing import contract, learning
 from prefenv.testing.data import ContractError
 from prefenv.testing.trial import Trial
@@ -30,8 +31,17 @@ class Outcome:
     skipped: str = ""
 
 
+def line(error: Exception) -> str:
+    """Its message in one line."""
+    return " ".join(str(error).split())
+
+
 def check_agent(
-    cls: type, progress: Callable[[Outcome], None] | None = None, *, seed: int = 0
+    cls: type,
+    progress: Callable[[Outcome], None] | None = None,
+    *,
+    only: Sequence[str] = (),
+    seed: int = 0,
 ) -> list[Outcome]:
     """Check an agent class: its contract (settings, books, seeds, saving) and how it learns.
 
@@ -42,6 +52,7 @@ def check_agent(
     Args:
         cls: The class, a subclass of ``prefenv.agent.Agent``.
         progress: Called with the outcome of each check as it is made.
+        only: Names of the checks to make; empty = all of them.
         seed: Where the agents' seeds begin.
 
     Returns:
@@ -49,18 +60,21 @@ def check_agent(
 
     Raises:
         ContractError: The agent breaks the contract; the message has a line for each failure, with its mend.
+        ConfigError: There is no check of a name in ``only``.
     """
+    if unknown := [name for name in only if name not in CHECKS]:
+        raise ConfigError(f"no check is named {unknown[0]!r}: choose from {', '.join(CHECKS)}")
     trial, outcomes, cause = Trial(cls, seed), [], None
-    for name, check in CHECKS.items():
+    for name in [name for name in CHECKS if not only or name in only]:
         try:
-            outcome = Outcome(name, skipped=check(trial) or "")
+            outcome = Outcome(name, skipped=CHECKS[name](trial) or "")
         except ContractError as error:
-            outcome = Outcome(name, str(error))
+            outcome = Outcome(name, line(error))
             cause = cause or error.__cause__
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"in {Path(frame.filename).name}, line {frame.lineno}"
-            outcome = Outcome(name, f"{type(error).__name__} {place}: {error}")
+            outcome = Outcome(name, f"{type(error).__name__} {place}: {line(error)}")
             cause = cause or error
         outcomes.append(outcome)
         if progress is not None:

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from prefenv.testing.data import ContractError, need
 from prefenv.testing.probe import Answer, constant, left, right
-from prefenv.testing.trial import Look, Trial, noises
+from prefenv.testing.trial import ROUNDS, Look, Trial, noises
 
 SEEDS, MANY = range(3), 64
+NOT_MOVED = "for agents that learn anything, see model"
 NO_LOG_PROB = "for agents that require log_prob and learn in update()"
 
 
 def model(trial: Trial) -> None:
     """Answers that differ move the samples: the gradient at the reference is not zero."""
     need(
-        not torch.equal(trial.run.agent.sample(noises()), trial.run.start),
+        trial.moved > 0,
         "judgements that differ left the samples as they were: the gradient at the reference is zero (the "
         "log-probability of a deterministic sample has none there, nor has |v - v_ref|^2), the optimiser does not "
         "hold self.model's parameters, or chain() does not hold what was trained",
@@ -44,8 +45,10 @@ def clear(gaps: list[float]) -> bool:
     return min(gaps) > max(gaps) / 3 > 0
 
 
-def direction(trial: Trial) -> None:
+def direction(trial: Trial) -> str | None:
     """What is preferred becomes more frequent, and less where the preference is reversed."""
+    if not trial.moved:
+        return NOT_MOVED
     up, down, gaps = [], [], []
     for rounds in (3, 12):  # a noisy learner gets a second, longer chance
         up, down = (
@@ -54,8 +57,8 @@ def direction(trial: Trial) -> None:
         gaps = [u - d for u, d in zip(up, down, strict=True)]
         need(
             any(gaps),
-            "opposite answers taught it the very same: its labels are constant; let rollout.judgement decide which "
-            "sample is the preferred one",
+            "opposite answers taught it the very same: its labels are constant; let rollout.judgement decide "
+            "which sample is the preferred one",
         )
         need(
             not clear([-g for g in gaps]),
@@ -63,7 +66,7 @@ def direction(trial: Trial) -> None:
             "preferred sample comes first, and a descent step must make it more likely",
         )
         if clear(gaps) and sum(up) > 0 > sum(down):
-            return
+            return None
     need(
         clear(gaps),
         "what is preferred does not become more frequent: judgements do not stay with their samples (weights left "
@@ -80,14 +83,13 @@ def ties(trial: Trial) -> str | None:
     compares = requires.panel_size > 1 or requires.gradient
     if not compares and not (trial.log_probs):
         return "for agents that learn by comparison, reward gradient or log-probability"
-    informed = trial.run
-    scale = float((informed.agent.sample(noises()) - informed.start).square().mean().sqrt())
+    if not trial.moved:
+        return NOT_MOVED
     for value in (0.0, 0.3, 0.7) if compares else (0.0,):
-        run = trial.learn(2, answer=constant(value))
-        moved = float((run.agent.sample(noises()) - run.start).square().mean().sqrt())
+        share = trial.learn(ROUNDS, answer=constant(value)).moved() / trial.moved
         need(
-            moved <= 0.01 * scale,
-            f"answers that are all {value} moved the samples by {moved / scale:.2f} of what informative ones do: "
+            share <= 0.01,
+            f"answers that are all {value} moved the samples by {share:.0%} of what informative ones do: "
             "a tie has no winner and an advantage of zero no gradient; leave tied pairs and panels out",
         )
     return None
@@ -147,10 +149,9 @@ def credit(trial: Trial) -> str | None:
     if not trial.log_probs:
         return NO_LOG_PROB
     look = trial.look(few)
-    taught = look.taught()
+    own, others = (force.sum() for force in look.force().tensor_split((4,), 1))
     need(
-        not bool(taught[:, 4:].any())
-        and (bool(taught[:, :4].any()) or not look.asked[:, :4].any()),
+        float(others) <= 1e-4 * float(own),
         "one panel was judged, and the gradient fell on others: rewards left their samples on the way; index them "
         "with the same rows (transitions().row) as the states",
     )
@@ -161,11 +162,11 @@ def credit(trial: Trial) -> str | None:
     panel = look.rollout.panels(judged).mean(1).repeat_interleave(look.rollout.panel_size)
     gap = (judged - judged.mean()).abs() / judged.std()
     between = look.points() & (gap > 0.3) & (gap < 0.95) & ((judged - panel).abs() > 0.4)
-    lost = 1 - float(look.taught()[between].float().mean()) if bool(between.any()) else 0.0
+    lost = float((look.force()[between] == 0).float().mean()) if bool(between.any()) else 0.0
     need(
         lost < 0.6,
-        f"with whole-number ratings, 1 to 5, {lost:.0%} of the steps whose rating is less than a deviation from the "
-        "mean get no gradient: advantages are cut to whole numbers; compute them in floating point",
+        f"with whole-number ratings, 1 to 5, {lost:.0%} of the steps whose rating is less than a deviation "
+        "from the mean get no gradient: advantages are cut to whole numbers; compute them in floating point",
     )
     return None
 
@@ -186,13 +187,14 @@ def correction(trial: Trial) -> str | None:
     """What has moved the wrong way still has a gradient that brings it back."""
     if not trial.log_probs or trial.cls.requires.gradient:
         return f"{NO_LOG_PROB}, and need no reward gradient"
-    look = trial.look(sides, wrong_way)
-    points = look.points()
-    lost = 1 - float(look.taught()[points].float().mean()) if bool(points.any()) else 0.0
+    plain, moved = (trial.look(sides, nudge, config=trial.free()) for nudge in (None, wrong_way))
+    points = moved.points()
+    weak = (moved.force() < 0.1 * plain.force())[points]
+    lost = float(weak.float().mean()) if bool(points.any()) else 0.0
     need(
         lost < 0.6,
-        f"of the steps that moved the wrong way {lost:.0%} get no gradient: a ratio clamped on both sides is lost "
-        "outside its band; take PPO's max(-A rho, -A clip(rho)), or clamp only the side that has gone far enough",
+        f"of the steps that moved the wrong way {lost:.0%} get no gradient back: a ratio clamped on both sides is "
+        "lost outside its band; take PPO's max(-A rho, -A clip(rho)), or clamp only the side that went far enough",
     )
     return None
 
@@ -221,9 +223,7 @@ def rows(trial: Trial) -> str | None:
 
 def pull(trial: Trial, size: int, weight: float, seed: int) -> tuple[float, bool]:
     """How far a displaced model comes back in rounds of one panel of ``size``, and whether it trained at all."""
-    names = {f.name for f in dataclasses.fields(trial.cls.Config)}
-    others = {"anchor": 0.0} if "anchor" in names else {}
-    config = dataclasses.replace(trial.cls.Config(), kl_coef=weight, **others)
+    config = trial.free(kl_coef=weight)
     agent, _ = trial.make(config=config, rows=size, panel_size=size, seed=seed)
     x, t = noises(256), torch.linspace(0, 1, 256)
 

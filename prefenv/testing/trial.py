@@ -42,6 +42,10 @@ class Run:
         ledger = {k: v for k, v in state["ledger"].items() if k != "seconds"}
         return copied({**state, "ledger": ledger, "samples": self.agent.sample(noises())})
 
+    def moved(self) -> float:
+        """How far, root mean square, its samples moved."""
+        return float((self.agent.sample(noises()) - self.start).square().mean().sqrt())
+
 
 class Trial:
     """An agent class on trial.
@@ -97,9 +101,20 @@ class Trial:
         """The plain run: default settings, informative answers."""
         return self.learn(ROUNDS)
 
-    def look(self, answer: Answer, nudge: Nudge | None = None, rows: int = ROWS) -> Look:
+    @cached_property
+    def moved(self) -> float:
+        """How far, root mean square, the samples moved in the plain run."""
+        return self.run.moved()
+
+    def free(self, **settings: Any) -> Any:
+        """The default ``Config`` without what holds the model to the reference, and with ``settings``."""
+        names = {f.name for f in dataclasses.fields(self.cls.Config)}
+        off = {name: 0.0 for name in ("anchor", "kl_coef") if name in names}
+        return dataclasses.replace(self.cls.Config(), **{**off, **settings})
+
+    def look(self, answer: Answer, nudge: Nudge | None = None, **settings: Any) -> Look:
         """One round, and a look inside its update."""
-        agent, _ = self.make(answer=answer, rows=rows)
+        agent, _ = self.make(answer=answer, **settings)
         update, seen = agent.update, []
 
         def watched(rollout: Rollout) -> Metrics:
@@ -192,12 +207,12 @@ class Look:
         v.register_hook(keep)
         return v
 
+    def force(self) -> Tensor:
+        """The size of the gradient at each point, ``(steps, rows)``."""
+        return self.gradient.norm(dim=-1)
+
     def points(self) -> Tensor:
         """The stochastic points that were asked about, ``(steps, rows)`` bool."""
         noisy = torch.zeros(len(self.asked), 1, dtype=torch.bool)
         noisy[self.noisy] = True
         return self.asked & noisy
-
-    def taught(self) -> Tensor:
-        """The points that have a gradient, ``(steps, rows)`` bool."""
-        return self.gradient.abs().amax(-1) > 0
