@@ -81,7 +81,7 @@ def ties(trial: Trial) -> str | None:
     """Equal answers, which have no order and no gradient, teach nothing."""
     requires = trial.cls.requires
     compares = requires.panel_size > 1 or requires.gradient
-    if not compares and not (trial.log_probs):
+    if not compares and not trial.log_probs:
         return "for agents that learn by comparison, reward gradient or log-probability"
     if not trial.moved:
         return NOT_MOVED

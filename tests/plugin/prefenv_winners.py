@@ -7,8 +7,6 @@ from prefenv.matching import MatchingAgent, matching_error
 
 
 class Winners(MatchingAgent):
-    """Learns to make what won."""
-
     @dataclass(frozen=True)
     class Config:
         """Settings of ``winners``.
