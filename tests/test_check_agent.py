@@ -6,20 +6,21 @@ import math
 import pickle
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from prefenv.agent import Agent, Requires
 from prefenv.device import stratified_uniform
-from prefenv.errors import PrefenvError
+from prefenv.errors import BudgetSpentError, ConfigError, PrefenvError
+from prefenv.kernels import Kernel
 from prefenv.registry import lookup, names
-from prefenv.testing import ContractError, check_agent
+from prefenv.testing import ContractError, Outcome, check_agent
+from prefenv.testing.agent import CHECKS, FATAL
+from prefenv.testing.probe import right
 
-CHECKS = [
-    "settings", "needs", "metrics", "ledger", "reference", "model", "samples", "seeds", "saving", "silence",
-]  # fmt: skip
+NAMES = list(CHECKS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,8 +34,34 @@ def _one_thread():
 @pytest.mark.parametrize("name", names("agent"))
 def test_registered_agents_pass(name):
     told, began = [], time.process_time()
-    assert check_agent(lookup("agent", name), told.append) == told == CHECKS
+    assert check_agent(lookup("agent", name), told.append) == told
+    assert [o.check for o in told] == NAMES and not any(o.failure for o in told)
     assert time.process_time() - began < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", names("agent"))
+def test_registered_agents_pass_with_other_seeds(name, seed):
+    check_agent(lookup("agent", name), seed=seed)
+
+
+def test_every_check_is_made_for_some_registered_agent():
+    """A check that is skipped for all of them would prove nothing of any."""
+    made = {
+        o.check
+        for name in ("ppo", "d3po")
+        for o in check_agent(lookup("agent", name))
+        if not o.skipped
+    }
+    assert made == CHECKS.keys()
+
+
+@pytest.mark.parametrize("check", NAMES)
+def test_every_check_says_what_it_is_about(check):
+    """The command line prints it, on one line."""
+    first = CHECKS[check].__doc__.splitlines()[0]
+    assert 20 < len(first) < 110 and first.endswith(".")
 
 
 class Good(Agent):
@@ -81,7 +108,9 @@ class Good(Agent):
 
 
 def test_the_unbroken_one_passes():
-    assert check_agent(Good) == CHECKS
+    outcomes = check_agent(Good)
+    for_others = {o.check for o in outcomes if o.skipped}
+    assert for_others == {"ties", "ratio", "credit", "correction", "rows", "leash"}
 
 
 class NotAnAgent:
@@ -319,6 +348,64 @@ class NanOnTies(Good):
         return weight / (known.amax() - known.amin()) if len(known) else weight
 
 
+class ReferenceGetsGradients(Good):
+    def residual(self, x1):
+        self.reference.requires_grad_(True)
+        x0 = torch.zeros_like(x1)
+        self.env.ledger.nfe += len(x1)
+        return super().residual(x1) + 0 * self.reference.residual(
+            x0, x1, torch.rand(len(x1), generator=self.generator)
+        )
+
+
+class FillsTheLastRound(Good):
+    def learn(self, total_queries, **options):
+        rows = self.env.num_envs
+        return super().learn(-(-total_queries // rows) * rows, **options)
+
+
+class AsksOnCredit(Good):
+    def learn(self, total_queries, **options):
+        try:
+            return super().learn(total_queries, **options)
+        except BudgetSpentError:
+            self.env.desk._oracle.judge(torch.zeros(2, 4, 2))
+            return self
+
+
+class Squeezes(Good):
+    """HIL-DD's toy: ``t.squeeze()`` of a batch of one has no dimension left."""
+
+    def residual(self, x1):
+        x0 = torch.randn(x1.shape, generator=self.generator)
+        self.env.ledger.nfe += len(x1)
+        t = stratified_uniform(len(x1), self.generator).squeeze()
+        return self.model.residual(x0, x1, t[: len(x1)])
+
+
+class DeviationOfOne(Good):
+    def weight(self, judgement):
+        weight = super().weight(judgement)
+        return weight / judgement.nan_to_num(0.0).std().clamp_min(1e-3)
+
+
+class OwnTaste(Good):
+    def update(self, rollout):
+        taste = 3 * right(rollout.samples) + rollout.judgement
+        return super().update(replace(rollout, judgement=taste))
+
+
+class NeverReplays(Good):
+    requires = Requires(log_prob=True)
+
+
+class OtherKernel(Good):
+    requires = Requires(log_prob=True)
+
+    def behaviour(self):
+        return self.env.policy(self.model, Kernel("flow-sde", 0.5), self.generator)
+
+
 BROKEN = [
     (NotAnAgent, "settings", "no subclass of prefenv.agent.Agent"),
     (Nameless, "settings", "no name of its own"),
@@ -333,14 +420,22 @@ BROKEN = [
     (NanMetric, "needs", "NonFiniteError.*gap became nan"),
     (TensorMetric, "metrics", "plain numbers, not 'loss'"),
     (GlobalNoise, "metrics", "global generator"),
-    (OffPolicy, "metrics", "ratio_error is 0.2"),
+    (OffPolicy, "ratio", "ratio_error is 0.2"),
     (Crash, "needs", r"AttributeError in test_check_agent.py, line \d+: .*zeal"),
     (Bypass, "ledger", "judged 72 samples in 18 panels, the ledger has 64 in 16"),
     (Peek, "ledger", r"score\(\)"),
     (Uncounted, "ledger", "the ledger has 512:"),
     (TrainsTheReference, "reference", "changed the agent's reference"),
     (SwapsTheReference, "reference", "reference, at"),
+    (ReferenceGetsGradients, "reference", "gets gradients"),
+    (FillsTheLastRound, "budget", "left unspent"),
+    (AsksOnCredit, "budget", "is final"),
     (LearnsNothing, "model", "left the samples as they were"),
+    (OwnTaste, "direction", "the same way whichever way the preference goes"),
+    (NeverReplays, "replay", "does not ask the model about the recorded states"),
+    (OtherKernel, "ratio", "one kernel and one model"),
+    (Squeezes, "single", "mind squeeze"),
+    (DeviationOfOne, "single", "deviation of one value"),
     (WrongShape, "samples", r"not \(16, 1\)"),
     (DrawsInSample, "samples", "draws random numbers"),
     (BatchNormed, "samples", "other rows of its batch"),
@@ -363,11 +458,42 @@ BROKEN = [
 
 @pytest.mark.parametrize(("cls", "check", "words"), BROKEN, ids=[b[0].__name__ for b in BROKEN])
 def test_broken_agents_are_caught(cls, check, words):
-    passed = []
-    with pytest.raises(ContractError, match=f"(?s)^{check}: .*({words})") as caught:
-        check_agent(cls, passed.append)
-    assert passed == CHECKS[: CHECKS.index(check)], "the checks before it passed"
+    told: list[Outcome] = []
+    only = [*FATAL, check]
+    with pytest.raises(ContractError, match=f"(?m)^{check}: .*({words})") as caught:
+        check_agent(cls, told.append, only=only)
+    assert [o.check for o in told if o.failure] == [check], "what else was looked at is in order"
     assert isinstance(caught.value, PrefenvError), "the command line tells it in one line"
+
+
+def test_all_failures_are_told_a_line_each():
+    class Twice(Uncounted, Peek, DrawsInSample):
+        pass
+
+    told = []
+    with pytest.raises(ContractError) as caught:
+        check_agent(Twice, told.append, only=("settings", "ledger", "samples", "saving"))
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["ledger", "samples", "saving"]
+    assert [f"{o.check}: {o.failure}" for o in told if o.failure] == lines
+
+
+def test_what_cannot_learn_a_round_is_given_up():
+    told = []
+    with pytest.raises(ContractError):
+        check_agent(Crash, told.append)
+    assert [o.check for o in told] == ["settings", "needs"]
+
+
+def test_unknown_checks_are_refused():
+    with pytest.raises(ConfigError, match="no check is named 'tie': choose from settings, needs"):
+        check_agent(Good, only=["tie"])
+
+
+def test_every_check_has_an_agent_that_fails_it():
+    from test_public_defects import DEFECTS
+
+    assert {check for _, check, _ in [*BROKEN, *DEFECTS]} == CHECKS.keys()
 
 
 def test_the_cause_of_a_crash_is_kept():

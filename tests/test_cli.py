@@ -64,6 +64,7 @@ def one_line(capsys, code, *words):
         (["train", "--iterations", "0"], ["iterations"]),
         (["train", "--out", "model.pt"], [".safetensors"]),
         (["check-agent", "nobody"], ["unknown agent"]),
+        (["check-agent", "ppo", "--only", "tie"], ["no check is named 'tie'", "ties"]),
         (["dance"], ["dance"]),
         ([], []),
     ],
@@ -137,6 +138,31 @@ def test_lists(capsys):
     assert found["agents"] == names("agent") and "shapes" in found["tasks"]
     assert main(["list"]) == 0
     assert "s-curve" in capsys.readouterr().out
+
+
+def test_check_agent_tells_each_check_on_a_line(capsys):
+    only = ["--only", "budget", "correction", "leash"]
+    assert main(["check-agent", "d3po", *only]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and [line.split()[:2] for line in out.splitlines()] == [
+        ["ok", "budget"], ["ok", "correction"], ["-", "leash"], ["d3po:", "2"],
+    ]  # fmt: skip
+    assert main(["check-agent", "test_public_defects:TwoSidedD3PO", *only]) == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["ok", "FAIL", "-"]
+    assert "clamped on both sides" in out and "PPO's max" in out
+    assert err == "prefenv: test_public_defects:TwoSidedD3PO fails correction\n"
+
+
+def test_check_agent_as_json(capsys):
+    assert main(["check-agent", "ppo", "--only", "settings", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    check = {"check": "settings", "failure": "", "skipped": ""}
+    assert told == {"agent": "ppo", "passed": True, "checks": [check]}
+    argv = ["check-agent", "test_public_defects:TwoSidedD3PO", "--only", "correction", "--json"]
+    assert main(argv) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert not told["passed"] and "both sides" in told["checks"][0]["failure"]
 
 
 @pytest.mark.parametrize("command", ["align", "demo", "train", "list", "check-agent"])

@@ -12,9 +12,9 @@ Gymnasium has no checker for vector envs, and nobody has one for oracles. Each c
 Run Gymnasium's and Stable-Baselines3's own ``check_env`` on the single env beside them.
 """
 
-from prefenv.testing.agent import check_agent
+from prefenv.testing.agent import Outcome, check_agent
 from prefenv.testing.data import ContractError
 from prefenv.testing.oracle import check_oracle
 from prefenv.testing.vector_env import check_vector_env
 
-__all__ = ["ContractError", "check_agent", "check_oracle", "check_vector_env"]
+__all__ = ["ContractError", "Outcome", "check_agent", "check_oracle", "check_vector_env"]

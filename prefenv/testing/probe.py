@@ -33,9 +33,11 @@ class ProbeVelocity(VelocityField):
 
     Attributes:
         evaluated: Rows evaluated so far, by all instances together.
+        watch: Called as ``watch(field, x, t, v)`` at every evaluation; returns the velocity to go on with.
     """
 
     evaluated: ClassVar[int] = 0
+    watch: ClassVar[Callable[[VelocityField, Tensor, Tensor, Tensor], Tensor] | None] = None
     means: Tensor
 
     def __init__(self, centre: tuple[float, float] = (1.0, 0.0), std: float = 0.3):
@@ -53,7 +55,8 @@ class ProbeVelocity(VelocityField):
         gap = x[:, None] - s[..., None] * self.means
         share = (-gap.square().sum(-1) / (2 * var)).softmax(-1)
         exact = (share[..., None] * (self.means + slope[..., None] * gap)).sum(1)
-        return exact + self.change(x, t)
+        v, watch = exact + self.change(x, t), ProbeVelocity.watch
+        return v if watch is None else watch(self, x, t, v)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class Probe(Task):
 def right(samples: Tensor) -> Tensor:
     """How far to the right, in (0, 1): ``sigmoid(4 x)``; at least 0.5 on the right-hand side."""
     return (4 * samples[..., 0]).sigmoid()
+
+
+def left(samples: Tensor) -> Tensor:
+    """The mirror image of ``right``."""
+    return (-4 * samples[..., 0]).sigmoid()
+
+
+def constant(value: float) -> Answer:
+    """The same answer to everything."""
+    return lambda panels: torch.full(panels.shape[:2], value)
 
 
 class ProbeOracle(Oracle):
