@@ -41,6 +41,8 @@ AGENTS = {
 ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
+    "jury": "oracles.jury:Jury",
+    "learned": "oracles.learned:Learned",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 
