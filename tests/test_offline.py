@@ -238,7 +238,8 @@ def test_sample_label_align(tmp_path, capsys, monkeypatch):
     lines = (tmp_path / "offline" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["queries"] == 64 and math.isfinite(json.loads(lines[-1])["loss"])
     with FeedbackStore(folder / "feedback.sqlite") as store:
-        store.undo("script")
+        panel = store.panels()[0]
+        store.answer(Judgement(panel.samples, (0, 0, 1, 0), "script"))
     assert main([*align, "--agent", "flow-dpo"]) == 2, "other answers are another run"
     assert "holds another run" in capsys.readouterr().err
     assert main(["sample", "--count", "6", "--out", str(folder)]) == 2
