@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from prefenv.feedback import FeedbackStore
 from prefenv.feedback.files import dump, find, load, read_feedback
 from prefenv.feedback.formats import Form, export_feedback, import_feedback
 from prefenv.registry import make_oracle, make_task
+from prefenv.reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,44 @@ class Import:
 
 
 @dataclass(frozen=True)
+class TrainReward(RewardConfig):
+    """Train a reward model on answers, as an oracle for any agent: prefenv align --oracle learned:path=OUT.
+
+    Args:
+        feedback: Feedback file, or the folder it lies in.
+        out: The reward model, a .safetensors file.
+        threshold: From what score on a sample counts as accepted.
+        json: Print the card as one JSON object, and nothing else, on stdout.
+    """
+
+    feedback: Path = Path("feedback.sqlite")
+    out: Path = Path("reward.safetensors")
+    threshold: float = 0.5
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.reward import save_reward, train_reward
+
+        if self.out.suffix != ".safetensors":
+            raise ConfigError(f"--out {self.out}: a reward model is a .safetensors file")
+        config = RewardConfig(**{f.name: getattr(self, f.name) for f in fields(RewardConfig)})
+        with tqdm(total=self.steps, desc="reward", unit="step") as bar:
+            model, card = train_reward(
+                read_feedback(self.feedback), config, threshold=self.threshold, progress=bar.update
+            )
+        save_reward(self.out, model, card)
+        if self.json:
+            print(json.dumps(card))
+        else:
+            told = card["held_out_accuracy"]
+            print(
+                f"{self.out}: orders {told or math.nan:.3f} of the held-out pairs as they were judged"
+            )
+        return 0
+
+
+@dataclass(frozen=True)
 class CheckOracle:
     """Check an oracle, built in or your own, against the contract.
 
@@ -196,5 +236,6 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "sample": Sample,
     "export": Export,
     "import": Import,
+    "train-reward": TrainReward,
     "check-oracle": CheckOracle,
 }

@@ -48,6 +48,8 @@ ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
+    "jury": "oracles.jury:Jury",
+    "learned": "oracles.learned:Learned",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

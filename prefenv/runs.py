@@ -148,6 +148,7 @@ class RunConfig:
 
     def make_env(self) -> Any:
         """The environment, with the budget as its limit."""
+        lookup("task", parse(self.task)[0])  # its error is ours, not gymnasium's
         return gym.make_vec(
             f"prefenv/{parse(self.task)[0].capitalize()}-v0",
             num_envs=self.num_envs(),

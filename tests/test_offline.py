@@ -123,27 +123,23 @@ def test_offline_agents_learn_from_a_file(name, tmp_path):
 @pytest.mark.parametrize("name", ["d3po", "flow-dpo", "hil-dd"])
 def test_a_file_teaches_what_asking_teaches(name, tmp_path):
     """Rounds that an agent plays itself, put into a file and read back, leave it the same to the bit."""
-    asking, reading = agent_of(name), agent_of(name)
-    played = []
-    asking.feed = lambda _: played[-1]
+    asking, reading, player = (agent_of(name) for _ in range(3))
+    played = [collect(player.env, player.behaviour()) for _ in range(3)]
     with FeedbackStore(tmp_path / "f.sqlite") as store:
-        for _ in range(3):
-            played.append(collect(asking.env, asking.behaviour()))
-            path = played[-1].path.transpose(0, 1).unflatten(0, (-1, 4))
-            info = origin(asking.env.policy(asking.reference, asking.kernel()))
-            log_prob = played[-1].log_prob.T.unflatten(0, (-1, 4))
+        for rollout in played:
+            path = rollout.path.transpose(0, 1).unflatten(0, (-1, 4))
             store.ask(
-                *(path[:, :, -1], path[:, :, 0], path, log_prob),
+                *(path[:, :, -1], path[:, :, 0], path, rollout.log_prob.T.unflatten(0, (-1, 4))),
                 model=model_hash(asking.reference),
-                info=info,
+                info=origin(asking.env.policy(asking.reference, asking.kernel())),
             )
-            answer(store)
-            asking.learn(32) if name != "d3po" else None
-        feedback = dump(store)
-    if name == "d3po":  # its own proposals move with it: all rounds first
-        asking = agent_of(name)
-        study(asking, played)
-    study(reading, rounds(feedback, reading))
+        answer(store)
+        given = rounds(dump(store), reading)
+    study(reading, given)
+    for rollout, read in zip(played, given, strict=True):
+        torch.testing.assert_close(rollout.judgement, read.judgement)
+        asking.update(dataclasses.replace(rollout, judgement=read.judgement))
+        asking.rounds += 1
     noise = torch.randn(8, 2)
     torch.testing.assert_close(asking.sample(noise), reading.sample(noise), rtol=0, atol=0)
 
@@ -215,7 +211,17 @@ def test_sample_label_align(tmp_path, capsys, monkeypatch):
     with FeedbackStore(folder / "feedback.sqlite") as store:
         pictures = {p.stem for p in (folder / "pictures").iterdir()}
         assert pictures == {s.id for s in store.samples()}
-        align = ["align", "--feedback", str(folder), "--steps", "4", "--out", str(tmp_path / "run")]
+        align = [
+            "align",
+            "--feedback",
+            str(folder),
+            "--steps",
+            "4",
+            "--rows",
+            "64",
+            "--out",
+            str(tmp_path / "run"),
+        ]
         assert main([*align, "--agent", "flow-dpo"]) == 2
         assert "has no answers" in capsys.readouterr().err
         for panel in store.waiting("script"):
@@ -232,7 +238,8 @@ def test_sample_label_align(tmp_path, capsys, monkeypatch):
     lines = (tmp_path / "offline" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["queries"] == 64 and math.isfinite(json.loads(lines[-1])["loss"])
     with FeedbackStore(folder / "feedback.sqlite") as store:
-        store.undo("script")
+        panel = store.panels()[0]
+        store.answer(Judgement(panel.samples, (0, 0, 1, 0), "script"))
     assert main([*align, "--agent", "flow-dpo"]) == 2, "other answers are another run"
     assert "holds another run" in capsys.readouterr().err
     assert main(["sample", "--count", "6", "--out", str(folder)]) == 2

@@ -192,7 +192,7 @@ def test_entry_points_are_found(monkeypatch):
     )
     assert names("oracle")[-1] == "plain" and "plain" not in names("task")
     assert type(make_oracle("plain:answer=1.0", Shapes())).__name__ == "Plain"
-    with pytest.raises(UnknownNameError, match="plain; did you mean 'plain'"):
+    with pytest.raises(UnknownNameError, match="s-curve, .*plain; did you mean 'plain'"):
         lookup("oracle", "plan")
 
 

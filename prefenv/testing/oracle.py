@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def check_oracle(
     low: float = -float("inf"),
     high: float = float("inf"),
 ) -> None:
-    """Check an oracle: shapes, values, panel sizes, order, determinism, gradient, and that it only looks.
+    """Check an oracle: shapes, values, panel sizes, order, randomness, gradient, and that it only looks.
 
     Args:
         oracle: The oracle.
@@ -36,6 +38,11 @@ def check_oracle(
     need(size is None or n >= 2 * size, f"give check_oracle two panels, {2 * (size or 1)} samples")
     need(
         np.isfinite(oracle.threshold), f"threshold must be a finite number, not {oracle.threshold}"
+    )
+    sources = oracle.generators
+    need(
+        isinstance(sources, tuple) and all(isinstance(g, torch.Generator) for g in sources),
+        f"generators must be a tuple of torch.Generators, not {sources!r}",
     )
     for k in [size] if size else sorted({1, 2, 3, n // 2}):
         panels = samples[: n // k * k].unflatten(0, (-1, k))
@@ -79,6 +86,7 @@ def _check_judgement(oracle: Oracle, panels: Tensor, low: float, high: float) ->
         f"judgements must be NaN (no answer) or in [{low}, {high}], not {told.tolist()[:8]}",
     )
     if oracle.nondeterministic:
+        _check_generators(oracle, judge, panels)
         return
     answer = answer.clone()
     order = torch.arange(k).roll(1).flip(0)
@@ -90,6 +98,18 @@ def _check_judgement(oracle: Oracle, panels: Tensor, low: float, high: float) ->
     ):
         same = torch.allclose(judge(asked), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
         need(same, f"{mend} (panels of {k})")
+
+
+def _check_generators(oracle: Oracle, judge: Callable[[Tensor], Tensor], panels: Tensor) -> None:
+    """With its generators as they were, an oracle answers as it did. One without (a person) owes nothing."""
+    states = [g.get_state() for g in oracle.generators]
+    first = judge(panels).clone()
+    for generator, state in zip(oracle.generators, states, strict=True):
+        generator.set_state(state)
+    need(
+        not states or torch.equal(first.nan_to_num(-1.0), judge(panels).nan_to_num(-1.0)),
+        "its generators as they were, judge() answered differently: draw from them alone",
+    )
 
 
 def _check_gradient(oracle: Oracle, samples: Tensor) -> None:
