@@ -113,10 +113,9 @@ class RunConfig:
     def record(self) -> dict[str, Any]:
         """All settings as plain values, the agent's own defaults included: what ``config.json`` holds."""
         resolved = dataclasses.asdict(agent_config(self.agent))
-        settings = dataclasses.asdict(self)
-        for name in ("teacher", "feedback"):  # younger than the first runs, which keep their names
-            if settings[name] is None:
-                del settings[name]
+        young = ("teacher", "feedback")  # younger than the first runs, which keep their names
+        given = dataclasses.asdict(self).items()
+        settings = {k: v for k, v in given if v is not None or k not in young}
         if self.feedback is not None:
             settings["feedback_digest"] = read_feedback(self.feedback).digest()
         return json.loads(json.dumps({**settings, "agent_config": resolved}))
@@ -142,9 +141,10 @@ class RunConfig:
 
     def answerer(self) -> Any:
         """Who answers the env: the oracle, or its teacher, seeded with the run."""
+        task = make_task(self.task)
         if self.teacher is None:
             return self.oracle
-        return make_teacher(self.teacher, make_oracle(self.oracle, make_task(self.task)), self.seed)
+        return make_teacher(self.teacher, make_oracle(self.oracle, task), self.seed)
 
     def make_env(self) -> Any:
         """The environment, with the budget as its limit."""

@@ -57,7 +57,10 @@ vectors = st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=3, max_size=3)
 
 @given(vectors, vectors)
 def test_pairs_are_compared_as_d3po_does(a, b):
-    score = pareto_scores(torch.tensor([[a, b]]))[0].tolist()
+    values = torch.tensor([[a, b]])
+    first = d3po_compare(a, b)
+    assert dominance(values)[0].tolist() == [[False, first == 1], [first == -1, False]]
+    score = pareto_scores(values)[0].tolist()
     assert score == {1: [1, 0], -1: [0, 1], 0: [0.5, 0.5]}[d3po_compare(a, b)]
 
 

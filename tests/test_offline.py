@@ -191,6 +191,13 @@ def test_what_does_not_fit_is_refused(tmp_path):
         plain = agent_of("flow-dpo")
     with pytest.raises(FeedbackError, match="was not made"):
         rounds(Feedback(strange, [], feedback.events), agent_of("d3po"))
+    learner = agent_of("d3po")
+    with samples_for(learner, tmp_path / "paths.sqlite") as store:
+        paths = dump(store)
+    assert len(rounds(paths, learner)) == 3
+    paths.samples = [dataclasses.replace(s, info={**s.info, "steps": 9}) for s in paths.samples]
+    with pytest.raises(FeedbackError, match="was not made by this reference in its way"):
+        rounds(paths, learner)
     assert (HilDD.requires.noise, D3PO.requires.log_prob) == (True, True)
     with FeedbackStore(tmp_path / "g.sqlite") as store:
         (panel,) = store.ask(torch.zeros(1, 4, 3, 2))
