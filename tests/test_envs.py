@@ -404,7 +404,9 @@ def test_the_ledger_counts_exactly(settings, nfe):
             ConfigError,
             "noise at every step",
         ),
-        ({"oracle": PairsOnly()}, ConfigError, "set panel_size=2, not 1"),
+        pytest.param(
+            {"oracle": PairsOnly()}, ConfigError, "set panel_size=2, not 1", id="pairs-only"
+        ),
         (
             {"reference": RectifiedFlow(GaussianVelocity(0.0, 1.0, (3,)))},
             ConfigError,
