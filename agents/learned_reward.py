@@ -1,7 +1,7 @@
 """``learned-reward``: fit a reward to all answers so far, ask where it is uncertain, distil by self-matching.
 
     proposals   the reference's own samples, a pool that costs no question
-    reward      r(x), an ensemble of Gaussian processes on a graph of the pool (``agents.reward_model``)
+    reward      r(x), an ensemble of Gaussian processes on the pool (``agents.reward_model``)
     question    the samples whose answers leave the least variance; before the first answer, the most diverse ones
     distil      L = sum_i w_i E_{x0, t} |v(x_t, t) - (x1_i - x0)|^2 / D,   w_i = softmax(E[r(x1_i)] / beta)
 
@@ -20,7 +20,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from agents.reward_model import Belief, choose, fit, graph_factors, kmeans, mixture
+from agents.reward_model import (
+    PLAIN,
+    Belief,
+    choose,
+    fit,
+    graph_factors,
+    kmeans,
+    mixture,
+    plain_factors,
+    rebuild,
+)
 from prefenv.agent import Agent, Metrics
 from prefenv.device import make_generator, stratified_uniform
 
@@ -49,11 +59,11 @@ class LearnedReward(Agent):
         """
 
         pool: int = 4096
-        effective: float = 512.0
+        effective: float = 2048.0
         growth: int = 8
         anchors: int = 128
         beta: float | None = None
-        tolerance: float = 0.05
+        tolerance: float = 0.02
         updates: int = 400
         batch: int = 128
         lr: float = 1e-3
@@ -133,14 +143,18 @@ class LearnedReward(Agent):
                 rng = make_generator(self.seed, self.device, "anchors")
                 self.anchors = kmeans(flat, cfg.anchors, rng)
                 self.distance = torch.cdist(flat, self.anchors).square()
-                self.factors = graph_factors(mixture(flat, self.anchors))
+                plain = plain_factors(self.anchors)
+                self.factors = torch.cat([graph_factors(mixture(flat, self.anchors)), plain])
+                self.prior = torch.zeros(len(self.factors))
+                self.prior[-len(plain) :] = PLAIN
             self.pool.append(sample)
-            self.mixtures.append(mixture(flat, self.anchors))
+            self.mixtures.append(rebuild(flat, self.anchors))
 
     def believe(self) -> Belief:
         """The reward as far as the answers tell."""
         self.prepare()
-        return fit(self.factors, mixture(self.shown.flatten(1), self.anchors), self.answers)
+        z = rebuild(self.shown.flatten(1), self.anchors)
+        return fit(self.factors, z, self.answers, self.prior)
 
     def tilt(self, reward: Tensor) -> Tensor:
         """Self-normalised weights of the whole pool, from the reward at the anchors."""

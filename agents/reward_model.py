@@ -1,15 +1,17 @@
-"""A reward learned from few answers, on a graph of the generator's own unlabelled samples.
+"""A reward learned from few answers, on the generator's own unlabelled samples.
 
-**Graph.** A few hundred *anchors* (k-means++) cover the samples; a sample is a mixture ``z`` of its nearest
-anchors, so a reward is its values ``f`` at the anchors, ``r(x) = z(x) f``. Two anchors are linked as far as
-samples lie between them, ``W = Z'Z`` off its diagonal (anchor graph: Liu, He & Chang 2010, ICML). With
-``lambda, U`` the spectrum of ``I - D^-1/2 W D^-1/2``, a member ``(k, s)`` of the ensemble is the Gaussian process
+**Anchors.** A few hundred (k-means++) cover the samples. A reward is its values ``f`` at the anchors, elsewhere
+``r(x) = z(x) f`` with ``z`` the weights that best rebuild ``x`` from the nearest ones (locally linear embedding,
+Roweis & Saul 2000). Gaussian processes ``f ~ GP(mean, unit^2 C)``, ``unit`` = range of the answers / 2:
 
-    f ~ GP(mean, unit^2 C_k),   C_k = corr(U diag((lambda + lambda_k)^-2) U'),   unit = range of the answers / 2,
+    graph   C = corr(U diag((lambda + lambda_k)^-2) U'),   lambda, U the spectrum of I - D^-1/2 W D^-1/2
+    plain   C_ab = exp(-|a - b|^2 / 2 l^2)
 
-a Matern process on the graph (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of
-samples that no sample connects are independent in it, and along what is connected one answer goes far: distances
-are those of the plain coordinates, and nothing is known of classes.
+In the graph two anchors are linked as far as samples lie between them (anchor graph: Liu, He & Chang 2010, ICML);
+the process is a Matern one on it (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of
+process is a Matern one on it (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds that no
+one question lives on, and nothing is known of classes. The plain ones, smooth in the coordinates, win by their
+evidence where many ratings follow a continuous preference.
 
 **Answers** may be wrong: ``y_i ~ (1 - e) N(r(x_i), s unit^2) + e U(range)``. ``q_i``, the probability that answer
 ``i`` was meant, and the belief are found in turn (EM); the members are averaged by their evidence.
@@ -25,7 +27,9 @@ import torch
 from torch import Tensor
 
 SIZES = (2, 4, 8, 16, 32)
-NOISES = (1e-3, 1e-2, 1e-1, 0.5)
+LENGTHS = (0.5, 1.0, 2.0, 4.0)
+NOISES = (1e-5, 1e-3, 1e-2, 1e-1, 0.5)
+PLAIN = -3.0  # nats by which a plain member must be the better one
 
 
 def kmeans(x: Tensor, count: int, generator: torch.Generator, steps: int = 10) -> Tensor:
@@ -55,6 +59,34 @@ def mixture(x: Tensor, anchors: Tensor, near: int = 5) -> Tensor:
     return weight.new_zeros(len(x), len(anchors)).scatter_(1, index[:, :-1], weight)
 
 
+def rebuild(x: Tensor, anchors: Tensor, near: int = 6, ridge: float = 0.05) -> Tensor:
+    """Weights ``(n, m)``, float64, sum 1, that best rebuild each point from its ``near`` nearest anchors.
+
+    Unlike a mixture they go on beyond the anchors, so that a linear function is continued and not cut off.
+    """
+    near = min(near, len(anchors))
+    index = torch.cdist(x, anchors).topk(near, largest=False).indices
+    gap = anchors[index].double() - x[:, None].double()
+    gram = gap @ gap.mT
+    level = ridge * gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12)
+    eye = torch.eye(near, dtype=gram.dtype, device=x.device)
+    weight = torch.linalg.solve(gram + level[:, None, None] * eye, gram.new_ones(len(x), near))
+    weight = weight / weight.sum(1, keepdim=True)
+    return weight.new_zeros(len(x), len(anchors)).scatter_(1, index, weight)
+
+
+def plain_factors(anchors: Tensor, rank: int = 64) -> Tensor:
+    """Factors ``(len(LENGTHS), m, rank)`` of the plain members; lengths in median distances of the anchors."""
+    distance = torch.cdist(anchors, anchors).double()
+    unit = distance[distance > 0].median()
+    found = []
+    for length in LENGTHS:
+        value, vector = torch.linalg.eigh((-((distance / (length * unit)) ** 2) / 2).exp())
+        found.append(vector[:, -rank:] * value[-rank:].clamp_min(0).sqrt())
+    factors = torch.stack(found)
+    return factors / factors.norm(dim=2, keepdim=True).clamp_min(1e-12)
+
+
 def graph_factors(z: Tensor, sizes: Sequence[int] = SIZES, rank: int = 64) -> Tensor:
     """Factors ``F_k`` ``(len(sizes), m, rank)`` of the members' correlations ``C_k = F_k F_k'``.
 
@@ -82,7 +114,7 @@ class Belief:
         covariance: ``(m, m)``, of the members and between them.
         noise: Variance of an answer that was meant.
         meant: Probability that each answer was meant, ``(n,)``.
-        weight: The members' weights ``(sizes, noises)``.
+        weight: The members' weights ``(k, noises)``.
     """
 
     mean: Tensor
@@ -121,30 +153,38 @@ def members(
     return (spread @ half)[..., 0], spread, -0.5 * (misfit + log_det)
 
 
-def fit(factors: Tensor, z: Tensor, y: Tensor, steps: int = 8, wrong: float = 0.1) -> Belief:
+def fit(
+    factors: Tensor,
+    z: Tensor,
+    y: Tensor,
+    prior: Tensor | None = None,
+    steps: int = 8,
+    wrong: float = 0.1,
+) -> Belief:
     """The ensemble's belief.
 
     Args:
         factors: Of the members' correlations, ``(k, m, rank)``.
         z: Mixtures of the judged samples, ``(n, m)``.
         y: Their answers ``(n,)``.
+        prior: Of the members, nats ``(k,)``; None = all alike.
         steps: EM steps.
         wrong: Expected share of wrong answers, worth ten answers.
     """
     noise = torch.tensor(NOISES, dtype=z.dtype, device=z.device)
-    y = y.to(z)
+    y, lead = y.to(z), z.new_zeros(len(factors)) if prior is None else prior.to(z)
     unit = float(y.max() - y.min()) / 2 if len(y) else 0.0
     if unit < 1e-6:  # nothing is known but, at most, one number
         centre = float(y.mean()) if len(y) else 0.0
-        prior = (factors @ factors.mT).mean(0)
-        even = z.new_full((len(factors), len(noise)), 1 / (len(factors) * len(noise)))
-        return Belief(z.new_full(z.shape[1:], centre), prior, 1e-2, torch.ones_like(y), even)
+        even = (lead.softmax(0)[:, None] / len(noise)).expand(-1, len(noise))
+        cover = torch.einsum("k,kmr,knr->mn", lead.softmax(0), factors, factors)
+        return Belief(z.new_full(z.shape[1:], centre), cover, 1e-2, torch.ones_like(y), even)
     centre, meant, share = y.mean(), torch.ones_like(y), wrong
     y = (y - centre) / unit
 
     def believe(meant: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, spread, evidence = members(factors, z, y, meant, noise)
-        weight = evidence.flatten().softmax(0).view_as(evidence)
+        weight = (evidence + lead[:, None]).flatten().softmax(0).view_as(evidence)
         mean = (weight[..., None] * means).sum((0, 1))
         gap = means - mean
         covariance = torch.einsum("ks,ksmr,ksnr->mn", weight, spread, spread)

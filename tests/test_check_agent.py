@@ -36,7 +36,7 @@ def test_registered_agents_pass(name):
     told, began = [], time.process_time()
     assert check_agent(lookup("agent", name), told.append) == told
     assert [o.check for o in told] == NAMES and not any(o.failure for o in told)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 60
 
 
 @pytest.mark.slow
