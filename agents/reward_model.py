@@ -8,10 +8,10 @@ Roweis & Saul 2000). Gaussian processes ``f ~ GP(mean, unit^2 C)``, ``unit`` = r
     plain   C_ab = exp(-|a - b|^2 / 2 l^2)
 
 In the graph two anchors are linked as far as samples lie between them (anchor graph: Liu, He & Chang 2010, ICML);
-the process is a Matern one on it (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds of
-process is a Matern one on it (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. Kinds that no
-one question lives on, and nothing is known of classes. The plain ones, smooth in the coordinates, win by their
-evidence where many ratings follow a continuous preference.
+the process is a Matern one on it (Borovitskiy et al. 2021, AISTATS) that about ``k`` numbers describe. What no
+sample connects is independent in it, and along what is connected one answer goes far: this is what one question
+lives on, and nothing is known of classes. The plain ones, smooth in the coordinates, win by their evidence where
+many ratings follow a continuous preference.
 
 **Answers** may be wrong: ``y_i ~ (1 - e) N(r(x_i), s unit^2) + e U(range)``. ``q_i``, the probability that answer
 ``i`` was meant, and the belief are found in turn (EM); the members are averaged by their evidence.

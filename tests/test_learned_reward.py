@@ -9,7 +9,19 @@ import pytest
 import torch
 from probes import left, noises, probe_agent, share
 
-from agents.reward_model import Belief, choose, fit, graph_factors, kmeans, members, mixture
+from agents.reward_model import (
+    LENGTHS,
+    PLAIN,
+    Belief,
+    choose,
+    fit,
+    graph_factors,
+    kmeans,
+    members,
+    mixture,
+    plain_factors,
+    rebuild,
+)
 from prefenv.testing.probe import right
 
 F64 = torch.float64
@@ -89,6 +101,46 @@ def test_correlations_are_the_graphs_matern_process(graph):
     np.testing.assert_allclose(
         (factor @ factor.T).numpy(), cover * np.outer(scale, scale), atol=1e-9
     )
+
+
+def test_rebuilding_continues_a_linear_function_beyond_the_anchors(graph):
+    """A mixture of anchors cuts it off at the last of them."""
+    x, _, anchors, z = graph
+    near, slope = x[:150:2], torch.tensor([1.0, -2.0])
+    edge = near[(near @ slope).argsort()[-3:]]
+    weight = rebuild(edge, anchors, near=3, ridge=1e-6)
+    torch.testing.assert_close(weight.sum(1), torch.ones(3, dtype=F64))
+    at_anchors = (anchors @ slope).double()
+    torch.testing.assert_close(weight @ at_anchors, (edge @ slope).double(), rtol=0, atol=1e-3)
+    assert bool((mixture(edge, anchors) @ at_anchors < (edge @ slope) - 0.1).any())
+    assert int((rebuild(x, anchors) != 0).sum(1).max()) == 6
+
+
+def test_plain_members_are_squared_exponentials_of_the_distance(graph):
+    anchors = graph[2]
+    distance = torch.cdist(anchors, anchors).double()
+    unit = distance[distance > 0].median()
+    for factor, length in zip(plain_factors(anchors), LENGTHS, strict=True):
+        want = (-(distance**2) / (2 * (length * unit) ** 2)).exp()
+        torch.testing.assert_close(factor @ factor.T, want, rtol=0, atol=1e-6)
+
+
+def test_ratings_of_a_smooth_preference_are_learned_and_one_mark_is_spread(graph):
+    """Plain members win by their evidence where answers follow the coordinates, graph members from few marks."""
+    x, side, anchors, z = graph
+    plain = plain_factors(anchors)
+    factors = torch.cat([graph_factors(z), plain])
+    prior = torch.tensor([0.0] * 5 + [PLAIN] * len(plain))
+    asked, wave = torch.randperm(300, generator=rng())[:40], (x[:, 0] / 4).sin() + x[:, 1] / 10
+    told = fit(factors, rebuild(x[asked], anchors), wave[asked], prior)
+    assert float(told.weight[5:].sum()) > 0.9
+    assert float((rebuild(x, anchors) @ told.mean - wave).square().mean().sqrt()) < 0.15
+    one = fit(factors, rebuild(x[:4], anchors), side[:4], prior)
+    assert float(one.weight[:5].sum()) > 0.9
+    assert bool(((rebuild(x, anchors) @ one.mean > 0.5) == (side == 1)).all())
+    even, led = (fit(factors, z[:4], side[:4], p, steps=1).weight for p in (0 * prior, prior))
+    want = even * prior.double().exp()[:, None]
+    torch.testing.assert_close(led, want / want.sum())
 
 
 def test_members_are_the_dense_gaussian_process(graph):
