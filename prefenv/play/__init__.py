@@ -1,4 +1,4 @@
-"""A person as the oracle: the episode (``episode``), what may be typed (``words``), drawing in text (``canvas``)."""
+"""A person as the oracle: the episode, what may be typed (``words``), drawing in text (``canvas``)."""
 
 from prefenv.play.episode import Episode, Outcome, PlayConfig, Question
 
