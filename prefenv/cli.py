@@ -17,6 +17,7 @@ import torch
 import tyro
 
 import prefenv
+from prefenv.cli_play import Play
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig
@@ -199,6 +200,7 @@ class CheckAgent:
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "align": Align,
+    "play": Play,
     "demo": Demo,
     "train": Train,
     "list": List,

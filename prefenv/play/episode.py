@@ -175,6 +175,8 @@ class Episode:
 
     def rates(self, agent: Agent | None = None) -> dict[str, float]:
         """Share of each class in what model B, or (None) model A, makes of the same fixed noises."""
+        if not self.task.classes:
+            return {}
         rng = make_generator(self.config.seed, stream="play rates")
         noise = torch.randn(RATED, *self.task.event_shape, generator=rng)
         kinds = self.task.classify(self.make(agent, noise.to(self.agent.device)))
