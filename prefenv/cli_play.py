@@ -19,9 +19,9 @@ class Play(PlayConfig):
     """Be the oracle: look at what model A makes, say what you like, and see model B learn it.
 
     You see samples of model A (red), then numbered proposals. Type the numbers of those you like (0 3), Enter if
-    none will do, or p 0.1 0.2 0 0.7 for how much you like each; u takes the last answer back, s skips, q quits. After
-    each answer you see what model B (green) makes of the same noises, and new samples of it. Three answers are
-    usually enough. Every answer is on the disk before it is acknowledged; the same command goes on.
+    none will do, or p 0.1 0.2 0 0.7 for how much you like each; u takes the last answer back, s skips, q quits.
+    After each answer you see what model B (green) makes of the same noises, and new samples of it. Three answers
+    are usually enough. Every answer is on the disk before it is acknowledged; the same command goes on.
 
     Example: prefenv play --agent learned-reward --oracle terminal --seed 0
 

@@ -44,6 +44,7 @@ ORACLES = {
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
     "terminal": "oracles.terminal:Terminal",
+    "window": "oracles.window:Window",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

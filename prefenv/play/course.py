@@ -104,6 +104,11 @@ class Course:
             env.policy(reference).sample(noise), x, atol=1e-4
         )
 
+    def teaches(self, judgement: Judgement) -> bool:
+        """Whether the agent may learn from an answer: not from a skip, nor from "none will do"."""
+        told = [s for s in judgement.scores if s is not None]
+        return any(told) or (self.none_teaches and bool(told))
+
     def play(self, judgement: Judgement) -> tuple[bool, Metrics]:
         """Play the round that an answer belongs to. If it is interrupted, the agent is where it was.
 
@@ -112,7 +117,7 @@ class Course:
         """
         before, metrics = self._path(self.learned), {}
         scores = torch.tensor([float("nan") if s is None else s for s in judgement.scores])
-        taught = bool(((scores >= 0) if self.none_teaches else (scores > 0)).any())
+        taught = self.teaches(judgement)
         ready = scores if taught else torch.full_like(scores, float("nan"))
         self.person.ready = (judgement.panel, ready)
         try:

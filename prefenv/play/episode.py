@@ -136,6 +136,10 @@ class Episode:
         self.store.answer(judgement)
         return judgement
 
+    def teaches(self, judgement: Judgement) -> bool:
+        """Whether the agent may learn from an answer: not from a skip, nor from "none will do"."""
+        return self.course.teaches(judgement)
+
     def learn(self) -> Outcome:
         """Let the agent learn from the answer that was kept last. If it is interrupted, it can be called again."""
         standing = self._standing()

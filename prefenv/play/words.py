@@ -5,8 +5,8 @@
     p 0.1 0.2 0 0.7   how much each is liked, from 0 to 1; those left out are 0
     u  s  q  ?        undo, skip, quit and keep, help
 
-The toy's grammar (HIL-DD, ``pref_flow_toy.py``), less its crashes: there a bad token, an index out of range or one
-named twice crashed or gave wrong weights, and a bare ``p`` made all weights NaN. Commas are spaces; case is ignored.
+The toy's grammar (HIL-DD, ``pref_flow_toy.py``), less its crashes: there a bad token, an index out of range or
+one named twice crashed or gave wrong weights, and a bare ``p`` made model B NaN. Commas are spaces.
 """
 
 from __future__ import annotations
