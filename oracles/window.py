@@ -116,6 +116,9 @@ class Window(Face):
         self.note.set_text(text)
         self.update()
 
+    def hint(self, size: int) -> str:
+        return f"You are asked next: {_HINT} help"
+
     def busy(self, text: str) -> None:
         self.note.set_text(text)
         self.update()
@@ -164,9 +167,7 @@ class Window(Face):
         """What a key does; returns a whole line once there is one."""
         key = event.key or ""
         if key in ("enter", "return"):
-            line = self.text or " ".join(map(str, sorted(self.taken)))
-            self.text = ""
-            return line
+            return self.text or " ".join(map(str, sorted(self.taken)))
         if key == "escape":
             self.text, self.taken = "", []
         elif key == "backspace":

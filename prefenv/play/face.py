@@ -72,6 +72,10 @@ class Face(Oracle):
         """Tell the person something."""
         raise NotImplementedError
 
+    def hint(self, size: int) -> str:
+        """How to answer about a panel of ``size`` samples, in one line."""
+        return f"You are asked next: {allowed(size)}."
+
     def busy(self, text: str) -> None:
         """Tell the person what is being done now."""
         self.say(text)
@@ -144,7 +148,7 @@ class Face(Oracle):
         if episode.resumed:
             n = episode.resumed
             self.say(f"Going on after {n} answer{'s' * (n != 1)}; u takes the last one back.")
-        note = f"Model A makes {percent(episode.before)}.\nYou are asked next: {allowed(size)}."
+        note = f"Model A makes {percent(episode.before)}.\n{self.hint(size)}"
         self.show([Row(f"{len(samples)} samples of model A", samples, "A")], note)
 
     def turn(self, episode: Episode) -> None:

@@ -20,6 +20,7 @@ KINDS: tuple[Kind, ...] = ("undo", "skip", "quit", "help")
 WORDS: dict[str, Kind] = {**{k[0]: k for k in KINDS}, **{k: k for k in KINDS}, "?": "help"}
 _INDEX = re.compile(r"[0-9]{1,4}")
 _NUMBER = re.compile(r"([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})(e[-+]?[0-9]{1,3})?")
+_GLUED = re.compile(r"\Ap(?=[0-9.])")  # p.5 is p .5
 _SPACE = re.compile(r"[\s,;]+")
 
 
@@ -59,7 +60,8 @@ def read(line: str, size: int) -> Reply:
     def bad(what: str) -> BadReplyError:
         return BadReplyError(f"{what}. Allowed: {allowed(size)}")
 
-    tokens = [t for t in _SPACE.split(line.strip().lower()) if t]
+    line = _GLUED.sub("p ", line.strip().lower())
+    tokens = [t for t in _SPACE.split(line) if t]
     if not tokens:
         return Reply("scores", (0.0,) * size)
     head, rest = tokens[0], tokens[1:]
