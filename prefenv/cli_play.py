@@ -57,5 +57,5 @@ class Play(PlayConfig):
 def default_folder(config: PlayConfig) -> Path:
     """``runs/play-AGENT-TASK-sSEED-HASH``."""
     digest = hashlib.sha256(json.dumps(config.record(), sort_keys=True).encode()).hexdigest()[:8]
-    agent = parse(config.agent)[0].rpartition(":")[2]
-    return Path("runs") / f"play-{agent}-{parse(config.task)[0]}-s{config.seed}-{digest}"
+    agent, task = (parse(t)[0].rpartition(":")[2] for t in (config.agent, config.task))
+    return Path("runs") / f"play-{agent}-{task}-s{config.seed}-{digest}"
