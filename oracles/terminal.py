@@ -49,7 +49,8 @@ class Terminal(Face):
     def show(self, rows: Sequence[Row], note: str = "") -> None:
         for row in rows:
             color = "red" if row.by == "A" else "green"
-            self.page.say(f"\n{row.title}", color)
+            self.page.say()
+            self.page.say(row.title, color)
             labels = [str(i) for i in range(len(row.samples))] if row.numbered else []
             self.page.draw(self.task, row.samples, color, labels)
         if note:

@@ -142,7 +142,7 @@ def test_lists(capsys):
     assert "s-curve" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["align", "demo", "train", "list", "check-agent"])
+@pytest.mark.parametrize("command", ["align", "play", "demo", "train", "list", "check-agent"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
