@@ -2,6 +2,7 @@
 
 A digit or a click takes a sample, or puts it back; Enter sends (with none taken: none will do), a double click
 takes one and sends; u, s and q are undo, skip and quit, ? help; p begins a line of numbers, as in the terminal.
+Samples beyond 9 are taken by clicks.
 
 ``prefenv play --oracle window`` plays the toy's episode (``prefenv.play``); ``prefenv align --oracle window`` asks
 about every panel of a run. Without a screen: ``--oracle terminal``.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, TextIO
 
 from matplotlib.figure import Figure
@@ -60,10 +62,7 @@ class Window(Face):
         path: Feedback file of the answers, where it is the oracle of a run.
         annotator: Who answers.
         out: Where the closing summary is printed; None = standard output.
-        figure: What is drawn on; None = a new window.
-
-    Raises:
-        ConfigError: There is no screen.
+        figure: What is drawn on; None = a new window, once there is something to show.
     """
 
     def __init__(
@@ -76,17 +75,36 @@ class Window(Face):
         figure: Figure | None = None,
     ):
         super().__init__(task, path, annotator, out=out)
-        self.figure = figure or new_figure()
-        self.canvas: Any = self.figure.canvas
-        for name in ("key_press_event", "button_press_event", "close_event"):
-            self.canvas.mpl_connect(name, self.hear)
+        self.given = figure
         self.heard: list[Any] = []
         self.closed = False
         self.taken: list[int] = []
         self.text = ""  # what was typed behind a p
         self.frames: list[tuple[Any, Rectangle]] = []
-        self.note = self.figure.text(0.5, 0.5, "", ha="center")
         self.said = ""  # since something was drawn last: what is drawn next shows it too
+
+    @cached_property
+    def figure(self) -> Figure:
+        """Where it draws.
+
+        Raises:
+            ConfigError: There is no screen.
+        """
+        figure = self.given or new_figure()
+        for name in ("key_press_event", "button_press_event", "close_event"):
+            figure.canvas.mpl_connect(name, self.hear)
+        figure.text(0.5, 0.5, "", ha="center")
+        return figure
+
+    @property
+    def canvas(self) -> Any:
+        """The figure's."""
+        return self.figure.canvas
+
+    @property
+    def note(self) -> Any:
+        """The line at the foot: the figure's last text."""
+        return self.figure.texts[-1]
 
     # Events.
 
@@ -113,8 +131,7 @@ class Window(Face):
 
     def say(self, text: str) -> None:
         self.said = text
-        self.note.set_text(text)
-        self.update()
+        self.busy(text)
 
     def hint(self, size: int) -> str:
         return f"You are asked next: {_HINT} help"
@@ -212,9 +229,7 @@ class Window(Face):
                     axes.text(0.03, 0.97, str(j), transform=axes.transAxes, va="top", fontsize=14)
                     self.frames.append((axes, frame))
         note, self.said = f"{self.said}\n{note}".strip(), ""
-        self.note = self.figure.text(
-            0.5, 0.06, note, ha="center", va="center", fontsize=9, wrap=True
-        )
+        self.figure.text(0.5, 0.06, note, ha="center", va="center", fontsize=9, wrap=True)
         self.update()
 
     def update(self) -> None:

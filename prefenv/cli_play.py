@@ -47,8 +47,10 @@ class Play(PlayConfig):
             )
         fields = [f.name for f in dataclasses.fields(PlayConfig)]
         config = PlayConfig(**{name: getattr(self, name) for name in fields})
-        with Episode(config, self.out or default_folder(config)) as episode:
-            summary = face.play(episode, out=sys.stderr if self.json else sys.stdout)
+        folder, out = self.out or default_folder(config), sys.stderr if self.json else sys.stdout
+        print(f"Getting ready; all is kept in {folder}", file=out, flush=True)
+        with Episode(config, folder) as episode:
+            summary = face.play(episode, out=out)
         if self.json:
             print(json.dumps(summary))
         return 0

@@ -156,6 +156,17 @@ def test_it_goes_on_where_it_stopped(name, tmp_path):
             same(whole, replayed)
 
 
+def test_another_answer_after_an_undo_is_not_taken_for_the_first(tmp_path):
+    with probe(tmp_path / "a") as whole:
+        whole.answer(LIKED[::-1])
+        with probe(tmp_path / "b") as part:
+            part.answer(LIKED)
+            part.undo()
+            part.keep(LIKED[::-1])  # and the process dies before it learned
+        with probe(tmp_path / "b") as again:
+            same(whole, again)
+
+
 def test_learning_that_is_interrupted_is_taken_up_again(tmp_path, monkeypatch):
     with probe(tmp_path / "a") as whole, probe(tmp_path / "b") as episode:
         whole.answer(LIKED)
@@ -234,6 +245,21 @@ def test_the_summary_counts(tmp_path):
     assert sum(summary["rates_before"].values()) == pytest.approx(1)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert (tmp_path / "shapes.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_it_goes_on_where_it_stopped(tmp_path):
+    with probe(tmp_path / "a", device="cuda") as whole:
+        for scores in (LIKED, SKIP, LIKED):
+            outcome = whole.answer(scores)
+        assert outcome.samples.is_cuda and outcome.same.is_cuda and whole.question.x.is_cuda
+        with probe(tmp_path / "b", device="cuda") as part:
+            part.answer(LIKED)
+            part.keep(SKIP)
+        with probe(tmp_path / "b", device="cuda") as again:
+            again.answer(LIKED)
+            same(whole, again)
+        assert sum(whole.finish()["rates_after"].values()) == pytest.approx(1)
 
 
 # The promise
