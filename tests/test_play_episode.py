@@ -12,7 +12,7 @@ from prefenv.feedback import Judgement, Retraction, model_hash
 from prefenv.flow import RectifiedFlow
 from prefenv.play import Episode, PlayConfig
 from prefenv.registry import make_oracle
-from prefenv.testing.probe import Probe
+from prefenv.testing.probe import Probe, probe_env
 
 QUICK = "learned-reward:pool=256,anchors=16,updates=20,batch=32,effective=64"
 AGENTS = (QUICK, "hil-dd:lr=1e-3,data_batch=16", "pfm:updates=2,batch=16", "best-of-n", "ppo")
@@ -61,6 +61,17 @@ def test_green_shapes_come_from_the_noises_of_the_red_ones(name, tmp_path):
         stored = [episode.store.sample(name) for name in question.ids]
         assert [s.noise.tolist() for s in stored] == question.noise.tolist()
         assert {s.seed for s in stored} == {0} and stored[0].info["steps"] == 8
+
+
+def test_the_env_knows_the_noises_of_what_was_judged():
+    env, _ = probe_env(num_envs=4, control="noise")
+    assert env.noise is None
+    env.begin()
+    action = torch.randn(4, 2)
+    env.advance(action)
+    assert torch.equal(env.noise, action), "where the action is the noise"
+    env.judge(torch.zeros(4, 2))
+    assert env.noise is None, "of samples that come from elsewhere nothing is known"
 
 
 @pytest.mark.parametrize("name", ["hil-dd:lr=1e-3,data_batch=16", "pfm:updates=2,batch=16"])

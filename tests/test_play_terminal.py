@@ -19,7 +19,7 @@ from prefenv.errors import ConfigError
 from prefenv.feedback import FeedbackStore
 from prefenv.flow import RectifiedFlow
 from prefenv.play import Episode, PlayConfig
-from prefenv.play.canvas import Page, sheet
+from prefenv.play.canvas import Page, ascii_dots, sheet
 from prefenv.registry import make_task
 from prefenv.testing.probe import Probe, probe_env
 
@@ -70,6 +70,7 @@ def test_a_sheet_fits_its_width_and_shows_every_point():
         (ord(c) - 0x2800).bit_count() for c in "".join(sheet(task, x[:1], width=28)) if c != " "
     )
     assert 48 <= dots <= 64, "64 points, a few of them in one dot"
+    assert ascii_dots("⠁⠂⠄⡀⠈⠐⠠⢀⠅⣿ a") == "''..''..:: a"
     plain = "\n".join(sheet(task, x[:1], width=28, braille=False))
     assert plain.isascii() and set(plain) <= set(" .':\n")
     ink = [[c != " " for c in line] for line in sheet(task, x[:1], width=28)]

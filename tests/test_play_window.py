@@ -136,6 +136,7 @@ def test_events_from_before_the_question_answer_nothing(canvas):
     task = make_task("shapes")
     x, _ = task.data(4, torch.Generator())
     w = window(canvas, ["1", "enter"], task)
+    w.say("Model B learns ...")
     canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, "enter"))
     reply, _ = w.listen(Row("which?", x, "A", numbered=True))
     assert reply.scores == (0, 1, 0, 0)
