@@ -8,12 +8,14 @@ not asked again, so a run that was stopped goes on without its questions.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
 
+from prefenv.play import Episode
 from prefenv.play.canvas import Page
 from prefenv.play.face import Face, Leave, Row
 from prefenv.play.words import BadReplyError, Reply, allowed, read
@@ -41,7 +43,13 @@ class Terminal(Face):
         out: TextIO | None = None,
     ):
         super().__init__(task, path, annotator, out=out)
-        self.source, self.page = source or sys.stdin, Page.of(self.out, os.environ)
+        self.source = source or sys.stdin or io.StringIO()  # a closed standard input is None
+        self.page = Page.of(self.out, os.environ)
+
+    def open(self, episode: Episode) -> None:
+        if not self.source.isatty():
+            self.say("The input is no terminal: answers are read from it, one a line.")
+        super().open(episode)
 
     def say(self, text: str) -> None:
         self.page.say(text)

@@ -105,6 +105,7 @@ def test_the_page_suits_the_terminal(encoding, tty, environ, colors, braille):
 def test_the_order_is_the_toys(checkpoint, tmp_path):
     text, summary = typed(checkpoint, tmp_path, "0 3\n\n")
     order = [
+        "The input is no terminal: answers are read from it, one a line.",
         "6 samples of model A",
         "Question 1: which of these 4 do you like? (proposals of model A)",
         "Kept: answer 1.",
@@ -120,7 +121,7 @@ def test_the_order_is_the_toys(checkpoint, tmp_path):
     ]
     places = [text.find(words) for words in order]
     assert -1 not in places and places == sorted(places)
-    after = text[places[7] : places[8]]
+    after = text[places[8] : places[9]]
     assert "noises" not in after, "none: no update, no picture"
     assert summary["answers"] == 2
 
@@ -157,6 +158,12 @@ def test_bytes_that_are_no_text_are_a_bad_token(checkpoint, tmp_path):
     with Episode(config(checkpoint), tmp_path) as episode:
         Terminal.play(episode, source=source, out=out)
     assert "cannot read '\\ufffd'" in out.getvalue()
+
+
+def test_a_closed_input_ends_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(arguments(checkpoint, tmp_path)) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["answers"] == 0
 
 
 def test_json_is_all_that_is_printed(checkpoint, tmp_path, capsys, monkeypatch):
