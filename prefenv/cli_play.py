@@ -27,6 +27,7 @@ class Play(PlayConfig):
 
     Args:
         oracle: Where you answer: terminal (drawn in text, works over ssh) or window (matplotlib: keys and clicks).
+            Settings may follow the name.
         out: The episode's folder; default: runs/ and a name that hashes the settings. An episode in it goes on.
         json: Print the closing summary as one JSON object, and nothing else, on stdout; the rest goes to stderr.
     """
@@ -39,18 +40,22 @@ class Play(PlayConfig):
         """Play it."""
         from prefenv.play.episode import Episode
 
-        face = lookup("oracle", self.oracle)
+        name, settings = parse(self.oracle)
+        face = lookup("oracle", name)
         if not hasattr(face, "play"):
             able = [n for n in names("oracle") if hasattr(lookup("oracle", n), "play")]
-            raise ConfigError(
-                f"oracle {self.oracle!r} is no person's: choose one of {', '.join(able)}"
-            )
+            raise ConfigError(f"oracle {name!r} is no person's: choose one of {', '.join(able)}")
         fields = [f.name for f in dataclasses.fields(PlayConfig)]
         config = PlayConfig(**{name: getattr(self, name) for name in fields})
         folder, out = self.out or default_folder(config), sys.stderr if self.json else sys.stdout
         print(f"Getting ready; all is kept in {folder}", file=out, flush=True)
         with Episode(config, folder) as episode:
-            summary = face.play(episode, out=out)
+            try:
+                summary = face.play(episode, out=out, **settings)
+            except TypeError as error:
+                if "unexpected keyword argument" not in str(error):
+                    raise
+                raise ConfigError(f"oracle {self.oracle!r}: {error}") from None
         if self.json:
             print(json.dumps(summary))
         return 0

@@ -192,6 +192,10 @@ def test_the_default_folder_is_one_for_each_episode(checkpoint, tmp_path, capsys
         (["play", "--oracle", "nobody"], ["unknown oracle"]),
         (["play", "--agent", "nobody"], ["unknown agent"]),
         (["play", "--panel-size", "0"], ["at least one"]),
+        (
+            ["play", "--agent", "hil-dd", "--oracle", "terminal:size=3"],
+            ["terminal:size=3", "'size'"],
+        ),
         (["play", "--agent", "adjoint"], ["gradient"]),
     ],
 )
