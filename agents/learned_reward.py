@@ -99,7 +99,7 @@ class LearnedReward(Agent):
     def round(self) -> tuple[Tensor, Metrics]:
         """Ask, and learn from all answers so far; no episode is played."""
         picked = self.question()
-        judgement = self.env.judge(samples := self.pool[0][picked])
+        judgement = self.env.judge(samples := self.pool[0][picked], self.noise(0)[picked])
         answered = ~judgement.isnan()
         self.times = self.times + torch.bincount(picked, minlength=len(self.times))
         self.shown = torch.cat([self.shown, samples[answered]])
@@ -135,9 +135,7 @@ class LearnedReward(Agent):
         """Make the parts of the pool that are missing (after a restore, all), and the graph from the first."""
         cfg = self.config
         while len(self.pool) < self.size:
-            rng = make_generator(self.seed, stream=f"pool {len(self.pool)}")
-            noise = torch.randn(cfg.pool, *self.env.task.event_shape, generator=rng)
-            sample = self.env.policy(self.reference).sample(noise)
+            sample = self.env.policy(self.reference).sample(self.noise(len(self.pool)))
             flat = sample.flatten(1)
             if not self.pool:
                 rng = make_generator(self.seed, self.device, "anchors")
@@ -149,6 +147,12 @@ class LearnedReward(Agent):
                 self.prior[-len(plain) :] = PLAIN
             self.pool.append(sample)
             self.mixtures.append(rebuild(flat, self.anchors))
+
+    def noise(self, part: int) -> Tensor:
+        """What a part of the pool is made from, ``(pool, *event_shape)``."""
+        rng = make_generator(self.seed, stream=f"pool {part}")
+        noise = torch.randn(self.config.pool, *self.env.task.event_shape, generator=rng)
+        return noise.to(self.device)
 
     def believe(self) -> Belief:
         """The reward as far as the answers tell."""

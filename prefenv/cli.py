@@ -18,6 +18,7 @@ import tyro
 
 import prefenv
 from prefenv import cli_feedback
+from prefenv.cli_play import Play
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig
@@ -228,6 +229,7 @@ class CheckAgent:
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "align": Align,
+    "play": Play,
     "demo": Demo,
     "train": Train,
     "list": List,

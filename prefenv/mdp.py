@@ -62,6 +62,7 @@ class FlowMDP:
         gradient: Their reward gradient ``(num_envs, *event_shape)``, where it was asked for.
         times: The grid of times of an episode, ``(steps + 1,)``, from 0 to 1.
         clipped: Coordinates of each row clipped to the task's bound in this episode, ``(num_envs,)``.
+        noise: Initial noises ``(n, *event_shape)`` of the samples last put before the oracle; None = not known.
 
     Raises:
         ConfigError: Settings that do not fit together.
@@ -133,6 +134,8 @@ class FlowMDP:
         self._i = 0
         self.judgement = torch.full((num_envs,), torch.nan, dtype=torch.float32, device=self.device)
         self.gradient: Tensor | None = None
+        self.noise: Tensor | None = None
+        self._start: Tensor | None = None
         self.clipped = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
 
     def policy(
@@ -162,7 +165,7 @@ class FlowMDP:
         if noise is None:
             noise = torch.randn(self._shapes[0], generator=self._generator, device=self.device)
         self._x, _ = self._clip(self._batch(noise, "noise"), "the noise")
-        self._i = 0
+        self._start, self._i = self._x, 0
         self.clipped = torch.zeros_like(self.clipped)
         self.judgement = torch.full_like(self.judgement, torch.nan)
         return self._x, None
@@ -192,7 +195,7 @@ class FlowMDP:
         reward = self._kl_reward(action) if self.kl_coef else action.new_zeros(self.num_envs)
         nfe = self.num_envs
         if self.control == "noise":
-            sample = self.reference.sample(state)
+            self._start, sample = state, self.reference.sample(state)
             state, outside = self._clip(sample, "the reference's sample (are its weights damaged?)")
             clipped, nfe = clipped + outside, nfe * self.steps
         elif self.kl_coef:
@@ -200,21 +203,28 @@ class FlowMDP:
         last = self.control == "noise" or self._i + 1 == self.steps
         if last:
             if gradient:
+                self.noise = self._start
                 self.judgement, self.gradient = self.desk.gradient(state)
             else:
-                self.judgement, self.gradient = self.judge(state), None
+                self.judgement, self.gradient = self.judge(state, self._start), None
             reward = reward + self.judgement.masked_fill(self.judgement.isnan(), 0.0)
         self.ledger.nfe += nfe
         self.clipped = self.clipped + clipped
         self._x, self._i = (None if last else state), self._i + 1
         return state, reward
 
-    def judge(self, samples: Tensor) -> Tensor:
-        """Ask the oracle about any samples ``(m K, *event_shape)``, booked like all questions; ``(m K,)``."""
+    def judge(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Ask the oracle about any samples ``(m K, *event_shape)``, booked like all questions; ``(m K,)``.
+
+        Args:
+            samples: Finished samples.
+            noise: What they were made from, of the same shape, where that is known.
+        """
         if len(samples) % self.panel_size:
             raise ConfigError(
                 f"{len(samples)} samples do not fill panels of {self.panel_size}; give a multiple"
             )
+        self.noise = noise
         return self.desk.judge(samples.unflatten(0, (-1, self.panel_size))).flatten()
 
     def seed_noise(self, seed: int) -> None:

@@ -62,6 +62,29 @@ def sheet(
     return figure
 
 
+def beside(task: Task, a: np.ndarray, b: np.ndarray, columns: int = 4) -> Figure:
+    """Model A's samples (red) beside model B's of the same noises (green), each ``(n, *event_shape)``."""
+    lines = math.ceil(len(a) / columns)
+    figure = Figure(figsize=(1.1 * (2 * columns + 1), 1.1 * lines + 0.3))
+    top = 1.1 * lines / (1.1 * lines + 0.3)
+    width = 1 / (2 * columns + 1)
+    for left, samples, color, name in ((0, a, RED, "model A"), (columns + 1, b, GREEN, "model B")):
+        figure.text(
+            width * (left + columns / 2), (1 + top) / 2, name, color=color, ha="center", va="center"
+        )
+        for i, sample in enumerate(samples):
+            box = (
+                width * (left + i % columns),
+                top * (1 - (i // columns + 1) / lines),
+                width,
+                top / lines,
+            )
+            axes = figure.add_axes(box)
+            axes.set_axis_off()
+            task.draw(axes, sample, color)
+    return figure
+
+
 def grid(samples: np.ndarray) -> list[np.ndarray]:
     """Samples split into rows of a nearly square sheet."""
     return np.array_split(samples, range(0, len(samples), math.ceil(math.sqrt(len(samples)))))[1:]

@@ -50,6 +50,8 @@ ORACLES = {
     "pose": "oracles.pose:Pose",
     "jury": "oracles.jury:Jury",
     "learned": "oracles.learned:Learned",
+    "terminal": "oracles.terminal:Terminal",
+    "window": "oracles.window:Window",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

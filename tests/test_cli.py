@@ -165,7 +165,7 @@ def test_check_agent_as_json(capsys):
     assert not told["passed"] and "both sides" in told["checks"][0]["failure"]
 
 
-@pytest.mark.parametrize("command", ["align", "demo", "train", "list", "check-agent"])
+@pytest.mark.parametrize("command", ["align", "play", "demo", "train", "list", "check-agent"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
