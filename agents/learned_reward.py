@@ -132,8 +132,9 @@ class LearnedReward(Agent):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the parts of the pool that are missing (after a restore, all), and the graph from the first."""
+        """Make the parts of the pool that a restore left missing, and the graph from the first; drop later ones."""
         cfg = self.config
+        del self.pool[self.size :], self.mixtures[self.size :]
         while len(self.pool) < self.size:
             sample = self.env.policy(self.reference).sample(self.noise(len(self.pool)))
             flat = sample.flatten(1)

@@ -89,7 +89,7 @@ def run(judge: Judge, agent: str, seed: int, queries: int) -> dict[str, Any]:
 
     model.learn(queries, callback=look)
     cpu_seconds = time.process_time() - began - looked
-    result = dataclasses.asdict(judge.evaluate(model))
+    result = dataclasses.asdict(judge.evaluate(model, kl=False))
     return {
         "config": config.record(),
         **model.env.ledger.counts(),

@@ -257,3 +257,7 @@ def test_pool_is_the_same_after_a_restore():
     assert torch.equal(one.pool[0], two.pool[0]) and torch.equal(one.anchors, two.anchors)
     assert one.env.ledger.nfe == two.env.ledger.nfe
     assert torch.equal(one.sample(noises()), two.sample(noises()))
+    state = one.state()
+    one.grow()
+    one.restore(state).prepare()
+    assert len(one.pool) == len(one.mixtures) == one.size, "going back leaves no later part"
