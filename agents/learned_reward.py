@@ -132,7 +132,7 @@ class LearnedReward(Agent):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the parts of the pool that a restore left missing, and the graph from the first; drop later ones."""
+        """Make the parts of the pool that a restore left missing, the anchors from the first; drop later ones."""
         cfg = self.config
         del self.pool[self.size :], self.mixtures[self.size :]
         while len(self.pool) < self.size:

@@ -3,7 +3,7 @@
     python -m benchmarks.all_agents           finished runs are not repeated; Ctrl-C loses only those under way
 
 Runs every agent of ``TRAITS`` with its defaults over seeds 0 to 4 at 4,096 judged samples in panels of 4, and
-looks at 512 samples of model B after every round. Appends a line a run to ``results/all_agents.jsonl``, writes
+looks at 256 samples of model B after every round until 95 % are preferred. Appends a line a run to ``results/all_agents.jsonl``, writes
 ``results/all_agents.md``, and the table to ``agents/README.md``, between its ``results`` marks.
 """
 
@@ -81,8 +81,10 @@ def run(judge: Judge, agent: str, seed: int, queries: int) -> dict[str, Any]:
 
     def look(model: Any, _: Any) -> None:
         nonlocal looked
+        if curve and curve[-1][1] >= LEVEL:
+            return
         start = time.process_time()
-        scores = judge.oracle.score(model.sample(judge.noise[:512]).cpu())
+        scores = judge.oracle.score(model.sample(judge.noise[:256]).cpu())
         rate = float((scores >= judge.oracle.threshold).float().mean())
         curve.append((model.env.ledger.queries, rate))
         looked += time.process_time() - start

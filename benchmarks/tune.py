@@ -44,7 +44,7 @@ SPACE: dict[str, tuple[str, ...]] = {
     "awm": ("lr", "kl_coef", "minibatches"),
     "dgpo": ("lr", "beta", "anchor"),
     "rwr": ("lr", "tau", "updates"),
-    "best-of-n": ("lr", "updates", "n"),
+    "best-of-n": ("lr", "updates", "width"),
     "rft": ("lr", "updates", "batch"),
     "adjoint": ("lr", "minibatches", "epochs"),
     "draft": ("lr", "anchor", "minibatches"),
