@@ -43,6 +43,7 @@ ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
+    "web": "oracles.web:WebOracle",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 
