@@ -238,11 +238,12 @@ def test_malformed_bodies(ann, body):
 def test_malformed_answers(web, ann):
     question = ann.next()
     good = {"question": question["id"], "answer": [0], "seconds": 1.0}
-    for wrong in (
-        {"question": None}, {"question": ["x"]}, {"question": "\ud800"}, {"question": "x" * 65}, {"answer": "best"},
-        {"answer": None}, {"answer": {}}, {"answer": [2]}, {"answer": [0, 0]}, {"answer": [True]}, {"answer": [0.5]},
-        {"seconds": -1}, {"seconds": "1"}, {"seconds": True}, {"seconds": float("nan")}, {"seconds": float("inf")},
-    ):  # fmt: skip
+    wrongs = {
+        "question": (None, ["x"], "\ud800", "x" * 65),
+        "answer": ("best", None, {}, [2], [0, 0], [True], [0.5]),
+        "seconds": (-1, "1", True, float("nan"), float("inf")),
+    }
+    for wrong in ({name: value} for name, values in wrongs.items() for value in values):
         assert ann.refused("answer", **{**good, **wrong}) == 400, wrong
     assert ann.refused("answer", answer=[0]) == 400
     assert web.session.store.history() == []

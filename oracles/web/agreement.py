@@ -1,9 +1,9 @@
 """How well annotators agree, with each other and with themselves.
 
-Krippendorff's alpha (Krippendorff 2004, ch. 11; the ``krippendorff`` package): 1 - observed / expected disagreement,
-1 = perfect, 0 = as by chance. A unit is one sample of one panel, its value 1 (chosen), 0 or 1/2 (tie), compared on
-the interval scale, since a tie lies half way; a skip is a missing value. Samples of one panel depend on each other,
-so alpha's usual confidence bounds do not hold.
+Krippendorff's alpha (Krippendorff 2004, ch. 11; the ``krippendorff`` package): 1 - observed / expected
+disagreement, 1 = perfect, 0 = as by chance. A unit is one sample of one panel, its value 1 (chosen), 0 or 1/2
+(tie), compared on the interval scale, since a tie lies half way; a skip is a missing value. Samples of one panel
+depend on each other, so alpha's usual confidence bounds do not hold.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Board:
         """The agreement so far, looked at anew where answers came, but not all the time."""
         with self._lock:
             known, since, value = self._agreement
-            if known != count and time.monotonic() - since > SECONDS or not value:
+            if (known != count and time.monotonic() - since > SECONDS) or not value:
                 value = asdict(agreement(self.store.judgements()))
                 self._agreement = (count, time.monotonic(), value)
             return value

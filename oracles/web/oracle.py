@@ -1,8 +1,8 @@
 """``web``: people judge on a page in their browsers, several at once, while the model learns in between.
 
-Every panel goes to one annotator (or to ``overlap``), their scores are averaged: 1 = chosen, 0 = not, 1/2 = a tie,
-NaN = skipped by all. Answers are kept in a feedback file; what is answered there already is not asked again, so a run
-that was stopped goes on. The page and its security: ``oracles.web.server``, ``oracles.web.security``.
+Every panel goes to one annotator (or to ``overlap``), their scores are averaged: 1 = chosen, 0 = not, 1/2 = a
+tie, NaN = skipped by all. Answers are kept in a feedback file; what is answered there already is not asked again,
+so a run that was stopped goes on. The page and its security: ``oracles.web.server``, ``oracles.web.security``.
 """
 
 from __future__ import annotations

@@ -256,7 +256,8 @@ class FeedbackStore:
 
         Returns:
             Scores ``(m, K)`` float32, NaN = no answer: each annotator's first one that stands, averaged over those
-            who gave one; a later one measures self-consistency, and who changes their mind takes back first. And ``(m,)`` bool: whether anybody answered at all, if only by a skip.
+            who gave one. A later one tells self-consistency; who changes their mind takes the first back. And
+            ``(m,)`` bool: whether anybody answered at all, if only by a skip.
         """
         ids = [[sample_id(x) for x in panel] for panel in panels.cpu()]
         answers = [self.scores(Panel(tuple(row))) for row in ids]
