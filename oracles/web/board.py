@@ -16,7 +16,8 @@ from prefenv.device import make_generator
 from prefenv.feedback import FeedbackStore
 from prefenv.tasks import Task
 
-PICTURES = 6  # noises that both models are drawn from
+PICTURES = 6  # noises that both models are drawn from ...
+RATED = 256  # ... and whose samples are counted by class
 SECONDS = 1.0  # at least so long between two pictures, and between two looks at agreement
 
 
@@ -33,7 +34,7 @@ class Board:
         self.task, self.store, self.questions = task, store, questions
         self.phase = "starting"  # then asking, learning, done
         self.progress: dict[str, Any] = {"rounds": 0, "queries": 0, "budget": None}
-        self.pictures: dict[str, Any] = {"version": 0, "A": [], "B": []}
+        self.pictures: dict[str, Any] = {"version": 0, "A": [], "B": [], "rates": {"A": {}, "B": {}}}
         self.extent = 0.0  # largest coordinate seen, so that all samples are drawn to one scale
         self._lock, self._began, self._drawn = threading.Lock(), time.time(), 0.0
         self._agreement: tuple[int, float, dict[str, Any]] = (-1, 0.0, {})
@@ -59,13 +60,20 @@ class Board:
         if not last and now - self._drawn < SECONDS:
             return
         self._drawn = now
-        shape = (PICTURES, *self.task.event_shape)
+        shape = (RATED, *self.task.event_shape)
         noise = torch.randn(shape, generator=make_generator(agent.seed, stream="pictures"))
-        drawn = {
-            name: [self.points(x) for x in model.sample(noise.to(agent.device)).cpu().numpy()]
-            for name, model in (("A", agent.env.reference), ("B", agent))
-        }
-        self.pictures = {"version": self.pictures["version"] + 1, **drawn}
+        drawn: dict[str, Any] = {"version": self.pictures["version"] + 1, "rates": {}}
+        for name, model in (("A", agent.env.reference), ("B", agent)):
+            x = model.sample(noise.to(agent.device)).cpu()
+            drawn[name] = [self.points(p) for p in x[:PICTURES].numpy()]
+            drawn["rates"][name] = self.rates(x)
+        self.pictures = drawn
+
+    def rates(self, x: torch.Tensor) -> dict[str, float]:
+        """Share of each class in samples ``(n, *event_shape)``."""
+        classes = self.task.classes
+        counts = torch.bincount(self.task.classify(x), minlength=len(classes)) if classes else []
+        return {name: float(n) / len(x) for name, n in zip(classes, counts, strict=True)}
 
     def state(self, annotator: str, seen: int = 0) -> dict[str, Any]:
         """The state for one annotator; pictures only where they are newer than version ``seen``."""

@@ -126,5 +126,12 @@ class WebOracle(Oracle):
             self._session.close()
             self._session = None
 
+    @classmethod
+    def play(cls, episode: Any, out: Any = None, **settings: Any) -> dict[str, Any]:
+        """Play an episode (``prefenv.play``) on the page until Ctrl-C; see ``oracles.web.play.play``."""
+        from oracles.web.play import play
+
+        return play(episode.config, episode.folder, out, **settings)
+
     def __deepcopy__(self, memo: Any) -> WebOracle:
         return self  # one page, one file: gymnasium copies an env's settings
