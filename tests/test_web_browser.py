@@ -19,7 +19,8 @@ pytest.importorskip("selenium", reason="selenium drives the browser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium-driver"
+    not (CHROMIUM and DRIVER),
+    reason="no chromium and chromedriver: apt-get install chromium-driver",
 )
 OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -91,7 +92,6 @@ class Page:
 
     def name(self, name):
         self.until(lambda: self.find("#given").is_displayed(), "asks for a name")
-        self.find("#given").clear()
         self.press(name, "\ue007")
 
     def shot(self, name):
@@ -118,7 +118,9 @@ def episode(tmp_path, monkeypatch):
         out = SimpleNamespace(write=links.append, flush=lambda: None)
         arguments = {"port": 0, "rounds": rounds, **settings}
         thread = threading.Thread(
-            target=lambda: result.append(module.play(SimpleNamespace(**CONFIG), tmp_path, out, **arguments))
+            target=lambda: result.append(
+                module.play(SimpleNamespace(**CONFIG), tmp_path, out, **arguments)
+            )
         )
         monkeypatch.setattr(module, "LINGER", 3.0)
         thread.daemon = True
@@ -154,7 +156,9 @@ def test_an_episode_by_keyboard_alone(chromium, episode, tmp_path):
     page.asked()
     page.press("\ue007")
     page.said("Choose one first")
-    page.press("1", "\ue012", "\ue014", "\ue014", " ")  # arrows: left at the edge, right, right; space
+    page.press(
+        "1", "\ue012", "\ue014", "\ue014", " "
+    )  # arrows: left at the edge, right, right; space
     assert page.pressed() == [True, False, True, False]
     page.press("\ue007")
     page.said("Kept: 1, 3.")
@@ -255,7 +259,9 @@ def test_a_phone_and_a_screen_reader(chromium, tmp_path):
         page.shot("phone")
         wide = chromium.execute_script("return document.documentElement.scrollWidth")
         assert wide <= 360, "nothing to scroll sideways"
-        boxes = [b.rect for b in chromium.find_elements("css selector", "#cards button, #keys button")]
+        boxes = [
+            b.rect for b in chromium.find_elements("css selector", "#cards button, #keys button")
+        ]
         assert all(b["height"] >= 40 and b["width"] >= 60 for b in boxes), "a thumb hits them"
         assert boxes[0]["y"] == boxes[1]["y"] and boxes[2]["y"] > boxes[1]["y"], "two by two"
     finally:
@@ -265,11 +271,12 @@ def test_a_phone_and_a_screen_reader(chromium, tmp_path):
     assert {b: e.text.split()[-1] for b, e in keys.items()} == {
         "submit": "Enter", "none": "0", "tie": "t", "skip": "s", "undo": "u"
     }  # fmt: skip
-    assert page.find("#said").aria_role == "status" and page.find("#a").aria_role in ("img", "image")
+    assert page.find("#said").aria_role == "status" and page.find("#a").aria_role in (
+        "img",
+        "image",
+    )
     assert page.find("#cards").accessible_name == page.text("#title")
     assert page.find("html").get_attribute("lang") == "en"
-    web.close()
-    chromium.get("about:blank")
     page = Page(chromium, web.start().split("#")[0] + "#wrong")
     page.said("This link has no valid token")
     web.close()

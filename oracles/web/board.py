@@ -34,7 +34,12 @@ class Board:
         self.task, self.store, self.questions = task, store, questions
         self.phase = "starting"  # then asking, learning, done
         self.progress: dict[str, Any] = {"rounds": 0, "queries": 0, "budget": None}
-        self.pictures: dict[str, Any] = {"version": 0, "A": [], "B": [], "rates": {"A": {}, "B": {}}}
+        self.pictures: dict[str, Any] = {
+            "version": 0,
+            "A": [],
+            "B": [],
+            "rates": {"A": {}, "B": {}},
+        }
         self.extent = 0.0  # largest coordinate seen, so that all samples are drawn to one scale
         self._lock, self._began, self._drawn = threading.Lock(), time.time(), 0.0
         self._agreement: tuple[int, float, dict[str, Any]] = (-1, 0.0, {})

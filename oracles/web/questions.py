@@ -134,6 +134,12 @@ class Questions:
                     self.open.setdefault(panel.id, panel)
             self.changed.notify_all()
 
+    def withdraw(self) -> None:
+        """Ask nothing more of what is open; what somebody is looking at may still be answered."""
+        with self.changed:
+            self.open.clear()
+            self.stale = False
+
     def wait(self, panels: Sequence[Panel], closed: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all are answered; Ctrl-C interrupts. False where ``closed()`` came first."""
         with self.changed:

@@ -50,7 +50,7 @@ class Session:
         if self._closed.is_set():
             raise Closed("the page was closed; all answers are kept, and the same command goes on")
         if not done:
-            self.questions.stale = False
+            self.questions.withdraw()
             raise Stale("an answer that was learned from was taken back")
         scores, _ = self.store.recall(panels)
         return scores

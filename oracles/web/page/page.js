@@ -167,7 +167,7 @@ async function flush() {
   } finally {
     delete localStorage[drawer];
     sending = false;
-    refresh();
+    refresh().catch(() => {});
   }
 }
 
@@ -175,13 +175,13 @@ async function undo() {
   if (sending || !name) return;
   sending = true;
   try {
-    const { undone, question: next } = await patiently("undo", {});
+    const { undone, question: next } = await post("undo", {});
     show(next, undone ? "Taken back. Here is the question again." : "There is nothing to take back.");
-  } catch (error) {
-    say(error.message);
+  } catch (error) { // not sent again: it would take back one answer more
+    say(error instanceof Refusal ? error.message : "The server is away; undo again when it is back.");
   } finally {
     sending = false;
-    refresh();
+    refresh().catch(() => {});
   }
 }
 
@@ -207,7 +207,7 @@ async function refresh() {
     ["your answers", state.mine],
     ["everybody's answers", state.everybody],
     ["open questions", state.open],
-    ["you chose", `${share(state.chosen_rate)} of samples`],
+    ["samples that you chose", share(state.chosen_rate)],
     ["your answers a minute", state.per_minute === null ? "–" : state.per_minute.toFixed(1)],
     ["rounds learned", state.rounds],
   ];
@@ -263,6 +263,7 @@ $("rename").addEventListener("click", () => {
   if (sending) return;
   name = "";
   delete sessionStorage.name;
+  $("given").value = "";
   enter();
 });
 
