@@ -1,4 +1,4 @@
-"""The annotation page in a real browser: whole episodes by keyboard and by mouse, reloads, a phone, a screen reader."""
+"""The annotation page in a real browser: episodes by keyboard and by mouse, reloads, a phone, a screen reader."""
 
 from __future__ import annotations
 

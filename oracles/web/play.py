@@ -1,9 +1,9 @@
 """``prefenv play --oracle web``: an episode on the page. The agent learns round by round while people answer.
 
-A round is ``panels`` questions, which so many annotators may answer at once. The answers alone decide the state: the
-same seed and the same answers give the same proposals and the same model B. ``states/`` keeps the agent after the
-last rounds, named by a hash of the answers behind them; so starting again is quick, and so is taking back an answer
-that was learned from: the agent returns to the last state that all standing answers lead to, and goes on from there.
+A round is ``panels`` questions, which so many annotators may answer at once. The answers alone decide the state:
+the same seed and the same answers give the same proposals and the same model B. ``states/`` keeps the agent after
+the last rounds, named by a hash of the answers behind them, so starting again is quick. Where an answer that was
+learned from is taken back, the agent returns to the last state that all standing answers lead to, and goes on.
 """
 
 from __future__ import annotations

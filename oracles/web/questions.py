@@ -1,8 +1,8 @@
 """``Questions``: who is asked what. The feedback store keeps the answers; this keeps count of them.
 
 A panel is **open** until ``overlap`` annotators have answered it (a skip is an answer). An annotator gets one
-question at a time and has it for themselves for ``patience`` seconds after it was last sent to them. A **question** is
-a panel in the order in which one annotator sees it, and its id is
+question at a time and has it for themselves for ``patience`` seconds after it was last sent to them. A
+**question** is a panel in the order in which one annotator sees it, and its id is
 
     HMAC-SHA256(key, annotator, panel, how many answers the annotator has given to this panel before)
 
