@@ -17,6 +17,7 @@ import torch
 import tyro
 
 import prefenv
+from prefenv.cli_label import Label
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig
@@ -201,6 +202,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "align": Align,
     "demo": Demo,
     "train": Train,
+    "label": Label,
     "list": List,
     "check-agent": CheckAgent,
 }

@@ -1,7 +1,9 @@
-"""An episode on the page: the agent learns from people, goes on after a restart, and unlearns what is taken back."""
+"""An episode on the page: the agent learns from people, resumes, and unlearns what is taken back; labelling."""
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from http.client import HTTPException
@@ -9,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from people import TASK, Person
+from people import TASK, Person, samples
 
 from oracles.web import WebOracle
 from oracles.web.play import Course
+from oracles.web.security import secret
+from prefenv.cli import main
 from prefenv.feedback import FeedbackStore
 
 pytest.importorskip("uvicorn")
@@ -146,3 +150,53 @@ def test_several_annotators_play_an_episode(tmp_path, monkeypatch):
     assert len(state["pictures"]["A"]) == len(state["pictures"]["B"]) == 6
     for person in people:
         person.close()
+
+
+# Labelling samples that lie ready
+
+
+def test_labelling_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("oracles.web.play.LINGER", 0.3)
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        panels = store.ask(samples(8), task="shapes")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    link = f"http://127.0.0.1:{port}/#{secret(tmp_path / 'feedback.token')}"
+    codes = []
+    command = ["label", str(tmp_path), "--port", str(port), "--overlap", "2", "--repeats", "0"]
+    thread = threading.Thread(target=lambda: codes.append(main([*command, "--json"])))
+    thread.start()
+    people, said = [Person(link, name) for name in ("ann", "bob")], 0
+    while thread.is_alive():
+        for person in people:
+            try:
+                if (question := person.next()) is not None:
+                    person.answer(question, liked(question))
+                    said += 1
+            except (OSError, HTTPException):
+                person.close()
+                time.sleep(0.05)
+    thread.join()
+    told = json.loads(capsys.readouterr().out)
+    assert codes == [0] and said == 16
+    assert (told["panels"], told["answered"], told["answers"]) == (8, 8, 16)
+    assert told["annotators"] == ["ann", "bob"]
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        for panel, x in zip(panels, samples(8), strict=True):
+            r = TASK.residuals(x)
+            best = int((r[:, 0] - r[:, 1]).argmax())
+            assert store.scores(panel) == {s: float(i == best) for i, s in enumerate(panel.samples)}
+    for person in people:
+        person.close()
+
+
+def test_nothing_to_label(tmp_path, capsys):
+    assert main(["label", str(tmp_path)]) == 2
+    assert "no feedback file" in capsys.readouterr().err
+    FeedbackStore(tmp_path / "feedback.sqlite").close()
+    assert main(["label", str(tmp_path)]) == 2
+    assert "prefenv sample" in capsys.readouterr().err
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        store.ask(samples(1))
+    assert main(["label", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    assert "expose" in capsys.readouterr().err

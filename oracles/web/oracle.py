@@ -133,5 +133,12 @@ class WebOracle(Oracle):
 
         return play(episode.config, episode.folder, out, **settings)
 
+    @staticmethod
+    def label(folder: Path, out: Any = None, **settings: Any) -> dict[str, Any]:
+        """Ask about all panels of a folder of samples; see ``oracles.web.label.label``."""
+        from oracles.web.label import label
+
+        return label(folder, out, **settings)
+
     def __deepcopy__(self, memo: Any) -> WebOracle:
         return self  # one page, one file: gymnasium copies an env's settings

@@ -238,12 +238,9 @@ class Questions:
             return True
 
     def _asked(self, annotator: str, question: str) -> Question:
-        """The question of this id, also if it was asked before a restart."""
+        """The question of this id. Who knows it was asked, if only before a restart: nobody can make it up."""
         held = self.held.get(annotator, ("", 0.0))[0]
-        panels = [held, *self.again[annotator], *self.open]
-        if self.repeats:
-            panels += [j.panel for j in self.standing[annotator].values()]
-        for panel in filter(None, panels):
+        for panel in filter(None, (held, *self.panels)):
             asked = self._question(annotator, panel)
             if hmac.compare_digest(asked.id.encode(), question.encode()):
                 return asked
