@@ -1,7 +1,7 @@
 """``prefenv play --oracle web``: an episode on the page. The agent learns round by round while people answer.
 
 A round is ``panels`` questions, which so many annotators may answer at once. The answers alone decide the state:
-the same seed and the same answers give the same proposals and the same model B. ``states/`` keeps the agent after
+the same seed and the same answers give the same proposals and the same model B. ``web/`` keeps the agent after
 the last rounds, named by a hash of the answers behind them, so starting again is quick. Where an answer that was
 learned from is taken back, the agent returns to the last state that all standing answers lead to, and goes on.
 """
@@ -53,7 +53,7 @@ class Course(Oracle):
         self, web: WebOracle, config: Any, folder: Path, panels: int = 1, reference: Any = None
     ):
         super().__init__(web.task)
-        self.web, self.config, self.folder = web, config, folder / "states"
+        self.web, self.config, self.folder = web, config, folder / "web"
         env = FlowVectorEnv(
             config.panel_size * panels,
             task=web.task,
@@ -118,7 +118,7 @@ class Course(Oracle):
         settings = {k: v for k, v in vars(self.config).items() if isinstance(v, str | int | None)}
         text = json.dumps([settings, self.agent.env.num_envs, rounds], default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self.folder / f"web-{len(rounds):04d}-{digest}.safetensors"
+        return self.folder / f"{len(rounds):04d}-{digest}.safetensors"
 
     def _save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,8 @@ class Course(Oracle):
         write_atomic(path, pack(self.agent.state()))
         if self.rounds:
             write_atomic(self.folder / "rounds.json", json.dumps(self.rounds).encode())
-        kept = sorted(self.folder.glob("web-*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
-        for old in [p for p in kept if p != path and p.name[:8] != "web-0000"][:-KEPT_STATES]:
+        kept = sorted(self.folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
+        for old in [p for p in kept if p != path and p.name[:4] != "0000"][:-KEPT_STATES]:
             old.unlink(missing_ok=True)
 
     def close(self) -> None:

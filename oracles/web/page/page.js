@@ -105,6 +105,8 @@ function show(next, note) {
   $("cards").replaceChildren(...(next ? next.samples.map(card) : []));
   for (const key of ["submit", "none", "tie", "skip"]) $(key).disabled = !next;
   const count = next ? next.samples.length : 0;
+  $("cards").style.setProperty("--wide", String(count > 4 ? Math.ceil(count / 2) : Math.max(2, count)));
+  $("cards").style.setProperty("--narrow", String(count === 1 ? 1 : 2));
   $("title").textContent = next
     ? (count === 1 ? "Do you like this one?" : `Which of these ${count} do you like?`)
     : { done: "All done. Thank you!", learning: "The model is learning from your answers …" }[board.phase] || "No question for you just now …";
