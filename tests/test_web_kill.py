@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from people import Person, samples
@@ -95,7 +96,7 @@ def test_kill_9_under_load(tmp_path, kills=50):
     link = f"http://127.0.0.1:{port}/#{secret(tmp_path / 'feedback.token')}"
     command = [sys.executable, "-c", _SERVE, str(tmp_path), str(port)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="tests",
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
     ) as server:  # fmt: skip
         clients = [Client(link, f"person {i}") for i in range(4)]
         for client in clients:

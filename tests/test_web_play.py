@@ -141,6 +141,7 @@ def test_several_annotators_play_an_episode(tmp_path, monkeypatch):
     thread.join()
     (summary,) = result
     assert (summary["answers"], summary["rounds"]) == (12, 2)
+    assert "12 answers by 3 annotators; they agree with Krippendorff's alpha 1.00" in "".join(said)
     assert summary["annotators"] == ["ann", "bob", "eve"] and summary["agreement"]["alpha"] == 1.0
     assert summary["agreement"]["shared"] == 6 and (tmp_path / "summary.json").is_file()
     assert phases >= {"asking", "done"} and state["pictures"]["rates"]["B"].keys() == {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import sys
 import threading
 
 import pytest
@@ -126,6 +127,14 @@ def test_settings():
             make_oracle(f"web:{text}", TASK)
 
 
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    for name in ("oracles.web.session", "oracles.web.server"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ConfigError, match=r"needs uvicorn.*pip install 'prefenv\[web\]'"):
+        oracle(tmp_path).start()
+
+
 def test_a_port_that_is_taken(web, tmp_path):
     port = web.session.server.port
     with pytest.raises(ConfigError, match="cannot serve.*port=0"):
@@ -208,7 +217,7 @@ def test_long_bodies(ann):
     big = json.dumps({"annotator": "ann", "more": "x" * BODY}).encode()
     assert ann.request("POST", "/api/next", big)[0] == 413
     ann.close()
-    for said in ("99999999999999999999999", "-1", "x"):
+    for said in (str(BODY + 1), "99999999999999999999999", "-1", "x"):
         with socket.create_connection((ann.host, ann.port), timeout=5) as wire:
             head = (
                 f"POST /api/next HTTP/1.1\r\nHost: 127.0.0.1:{ann.port}\r\nX-Token: {ann.token}\r\n"

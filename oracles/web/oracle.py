@@ -98,13 +98,13 @@ class WebOracle(Oracle):
                 )
             token = secret(self.path.with_suffix(".token"))
             self._session = Session(self.task, FeedbackStore(self.path), token, self)
-            print(f"answer at {self._session.link}", file=sys.stderr, flush=True)
         return self._session.link
 
     @property
     def session(self) -> Any:
         """The page's session, started: its ``store``, ``questions``, ``board`` and ``link``."""
-        self.start()
+        if self._session is None:
+            print(f"answer at {self.start()}", file=sys.stderr, flush=True)
         return self._session
 
     def judge(self, panels: Tensor) -> Tensor:

@@ -162,6 +162,18 @@ class Course(Oracle):
         }
 
 
+def closing(summary: dict[str, Any]) -> str:
+    """A summary in words."""
+    before, after = summary["rates_before"], summary["rates_after"]
+    rates = ", ".join(f"{100 * before[k]:.0f} -> {100 * after[k]:.0f} % {k}" for k in before)
+    alpha = summary["agreement"]["alpha"]
+    agree = "" if alpha is None else f"; they agree with Krippendorff's alpha {alpha:.2f}"
+    return (
+        f"{summary['answers']} answers by {len(summary['annotators'])} annotators{agree}; model A -> B: {rates}\n"
+        f"All answers are kept in {summary['folder']}; the same command goes on."
+    )
+
+
 def play(
     config: Any,
     folder: Path,
@@ -204,7 +216,7 @@ def play(
         summary = course.summary()
         course.close()
         write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-        print(f"All answers are kept in {folder}; the same command goes on.", file=out)
+        print(closing(summary), file=out, flush=True)
         return summary
     finally:
         web.close()
