@@ -166,7 +166,8 @@ def test_the_page_is_three_fixed_files(ann):
         assert (
             "http:" not in text.replace("http://www.w3.org/2000/svg", "") and "https:" not in text
         )
-    assert "onclick" not in ann.request("GET", "/")[1]
+    page = ann.request("GET", "/")[1]
+    assert "onclick" not in page and ann.request("GET", "/?f=../server.py")[1] == page
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from prefenv.errors import ConfigError
 BODY = 16 * 1024
 RATE, BURST = 400.0, 1200.0  # twenty people behind one address, and then some
 PEERS = 1024  # addresses whose rate is remembered
-LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
