@@ -243,6 +243,16 @@ def test_reload_and_restart_go_on_where_they_were(chromium, tmp_path):
     page.said("Kept: 1.")
     (kept,) = web.session.store.judgements()
     assert kept.id == question.id and kept.scores == (1, 0)
+    page.asked()
+    web.close()
+    page.press("2", "\ue007")
+    page.said("The server is away. Your answer is kept here")
+    chromium.get("about:blank")  # the page is closed before it could send
+    web = oracle(tmp_path, port=port)
+    web.session.questions.put(web.session.store.ask(panels))
+    page = Page(chromium, web.start())
+    page.said("Kept: 2.")
+    assert [j.scores for j in web.session.store.judgements()] == [(1, 0), (0, 1)]
     web.close()
 
 
