@@ -3,8 +3,9 @@
     python -m benchmarks.all_agents           finished runs are not repeated; Ctrl-C loses only those under way
 
 Runs every agent of ``TRAITS`` with its defaults over seeds 0 to 4 at 4,096 judged samples in panels of 4, and
-looks at 256 samples of model B after every round until 95 % are preferred. Appends a line a run to ``results/all_agents.jsonl``, writes
-``results/all_agents.md``, and the table to ``agents/README.md``, between its ``results`` marks.
+looks at 256 samples of model B after every round until 95 % are preferred. Appends a line a run to
+``results/all_agents.jsonl``, writes ``results/all_agents.md``, and the table to ``agents/README.md``, between its
+``results`` marks.
 """
 
 from __future__ import annotations

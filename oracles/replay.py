@@ -1,7 +1,7 @@
 """``replay``: answers from a feedback file what was answered before: a person's run again, without the person.
 
 A panel is found by the content of its samples, in any order (``prefenv.feedback``): the answer is each annotator's
-last one that stands, averaged. Panels that nobody answered are not answered. The same seed, settings and versions
+first one that stands, averaged. Panels that nobody answered are not answered. The same seed, settings and versions
 propose the same samples bit by bit, so a run that was stopped goes on, and one that is repeated comes out alike.
 """
 

@@ -18,6 +18,7 @@ import tyro
 
 import prefenv
 from prefenv import cli_feedback
+from prefenv.cli_label import Label
 from prefenv.cli_play import Play
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
@@ -232,6 +233,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "play": Play,
     "demo": Demo,
     "train": Train,
+    "label": Label,
     "list": List,
     "check-agent": CheckAgent,
     **cli_feedback.COMMANDS,

@@ -52,6 +52,7 @@ ORACLES = {
     "learned": "oracles.learned:Learned",
     "terminal": "oracles.terminal:Terminal",
     "window": "oracles.window:Window",
+    "web": "oracles.web:WebOracle",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

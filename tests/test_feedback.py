@@ -142,10 +142,10 @@ def test_waiting_questions(store):
     assert store.waiting("bob") == panels
 
 
-def test_recall_averages_annotators_and_takes_the_last_word_of_each(store):
+def test_recall_averages_annotators_and_takes_the_first_word_of_each(store):
     (panel, skipped, _), x = question(store, 3)
     a, b = panel.samples
-    for scores, who in (((1, 0), "ann"), ((0, 1), "ann"), ((1, 1), "bob"), ((None, None), "eve")):
+    for scores, who in (((0, 1), "ann"), ((1, 0), "ann"), ((1, 1), "bob"), ((None, None), "eve")):
         store.answer(Judgement((a, b), scores, who))
     store.answer(Judgement(skipped.samples, (None, None), "ann"))
     scores, known = store.recall(x)

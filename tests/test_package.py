@@ -83,7 +83,8 @@ def test_wheel_holds_the_rooms_and_the_references(wheel: Path) -> None:
     for file in ROOT.glob("prefenv/**/*.py"):
         assert file.relative_to(ROOT).as_posix() in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert not [n for n in names if n.startswith("benchmarks/results/")]
+    assert {f"oracles/web/page/{n}" for n in ("index.html", "page.js", "page.css")} <= names
+    assert not [n for n in names if n.startswith(("benchmarks/results/", "oracles/pictures/"))]
 
 
 def test_installed_package_works_from_another_folder(clean: Path, tmp_path: Path) -> None:

@@ -255,8 +255,9 @@ class FeedbackStore:
         """What was answered to panels ``(m, K, *event_shape)``, in whatever order they were shown.
 
         Returns:
-            Scores ``(m, K)`` float32, NaN = no answer: each annotator's last one that stands, averaged over those
-            who gave one. And ``(m,)`` bool: whether anybody answered at all, if only by a skip.
+            Scores ``(m, K)`` float32, NaN = no answer: each annotator's first one that stands, averaged over those
+            who gave one. A later one tells self-consistency; who changes their mind takes the first back. And
+            ``(m,)`` bool: whether anybody answered at all, if only by a skip.
         """
         ids = [[sample_id(x) for x in panel] for panel in panels.cpu()]
         answers = [self.scores(Panel(tuple(row))) for row in ids]
@@ -270,5 +271,5 @@ class FeedbackStore:
     def scores(self, panel: Panel) -> dict[str, float | None] | None:
         """The answers to one panel by sample, averaged over annotators; None where nobody answered."""
         rows = self._all(f"SELECT {EVENT} {STANDING} AND panel = ? ORDER BY number", panel.id)
-        last = {j.annotator: j for j in map(judgement_of, rows)}
-        return mean_scores(panel, list(last.values())) if last else None
+        first = {j.annotator: j for j in map(judgement_of, reversed(rows))}
+        return mean_scores(panel, list(first.values())) if first else None

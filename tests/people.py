@@ -1,0 +1,78 @@
+"""People at the annotation page, without a browser."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from urllib.parse import urlsplit
+
+import torch
+
+from oracles.web import WebOracle
+from prefenv.tasks.shapes import Shapes
+
+TASK = Shapes()
+
+
+def samples(m, k=2, seed=0):
+    """Panels ``(m, k, 64, 2)`` of real shapes."""
+    return TASK.data(m * k, torch.Generator().manual_seed(seed))[0].unflatten(0, (m, k))
+
+
+def oracle(folder, **settings):
+    """A web oracle on any free port; its file lies in the folder."""
+    return WebOracle(TASK, str(folder / "feedback.sqlite"), **{"port": 0, **settings})
+
+
+class Person:
+    """One annotator with a connection of their own."""
+
+    def __init__(self, link, name="ann"):
+        url = urlsplit(link)
+        self.host, self.port, self.token, self.name = url.hostname, url.port, url.fragment, name
+        self._connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+
+    def request(self, method, path, body=b"", **headers):
+        """Status and text of any request; underscores in names of headers are hyphens, None = leave it out."""
+        given = {"Host": f"127.0.0.1:{self.port}", "X-Token": self.token}
+        given |= {k.replace("_", "-"): v for k, v in headers.items()}
+        wire = self._connection
+        wire.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in {"Content-Length": str(len(body)), **given}.items():
+            if value is not None:
+                wire.putheader(name, value)
+        wire.endheaders(body)
+        response = wire.getresponse()
+        self.headers = response.headers
+        return response.status, response.read().decode()
+
+    def post(self, call, **body):
+        """What the API says, which must be yes."""
+        status, text = self.request(
+            "POST", f"/api/{call}", json.dumps({"annotator": self.name, **body}).encode()
+        )
+        assert status == 200, (status, text)
+        return json.loads(text)
+
+    def refused(self, call, **body):
+        """The status of a refusal."""
+        data = json.dumps({"annotator": self.name, **body}).encode()
+        return self.request("POST", f"/api/{call}", data)[0]
+
+    def next(self):
+        return self.post("next")["question"]
+
+    def wait(self, seconds=20):
+        """The next question, as soon as there is one."""
+        until = time.monotonic() + seconds
+        while (question := self.next()) is None:
+            assert time.monotonic() < until, "nothing was asked"
+            time.sleep(0.02)
+        return question
+
+    def answer(self, question, answer, seconds=1.0):
+        return self.post("answer", question=question["id"], answer=answer, seconds=seconds)
+
+    def close(self):
+        self._connection.close()
