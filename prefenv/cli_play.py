@@ -26,8 +26,8 @@ class Play(PlayConfig):
     Example: prefenv play --agent learned-reward --oracle terminal --seed 0
 
     Args:
-        oracle: Where you answer: terminal (drawn in text, works over ssh), window (matplotlib: keys and clicks) or web
-            (a page for one or several people). Settings may follow the name, web:panels=3,overlap=2.
+        oracle: Where you answer: terminal (drawn in text, works over ssh), window (matplotlib: keys and clicks) or
+            web (a page for one or several people). Settings may follow the name, web:panels=3,overlap=2.
         out: The episode's folder; default: runs/ and a name that hashes the settings. An episode in it goes on.
         json: Print the closing summary as one JSON object, and nothing else, on stdout; the rest goes to stderr.
     """
