@@ -1,0 +1,121 @@
+"""What the pages say is what the committed results say, and the benchmarks' own logic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import all_agents, few_answers, pool, tune
+from prefenv.registry import agent_config, lookup, names
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "agents" / "README.md").read_text(encoding="utf-8")
+BUILT_IN = [n for n in names("agent") if lookup("agent", n).__module__.startswith("agents.")]
+
+
+def rows(name):
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def test_every_agent_is_in_the_tables_and_has_its_paragraph():
+    assert set(all_agents.TRAITS) == set(tune.SPACE) == set(BUILT_IN)
+    told = re.findall(r"^\*\*`([\w-]+)`\*\*", PAGE, re.MULTILINE)
+    assert sorted(told) == sorted(BUILT_IN)
+
+
+def test_traits_agree_with_what_the_agents_require():
+    for name, (feedback, _, _) in all_agents.TRAITS.items():
+        requires = lookup("agent", name).requires
+        assert (feedback == "reward gradients") == requires.gradient, name
+        assert (feedback in ("pairs", "choices")) <= (requires.panel_size > 1), name
+
+
+def test_page_of_the_agents_says_what_the_results_say():
+    found = rows("all_agents.jsonl")
+    for name in BUILT_IN:
+        assert all_agents.summary(found, name) in PAGE
+    assert not [r for r in found if "error" in r]
+
+
+def test_results_of_all_agents_are_those_of_todays_defaults():
+    """A default that was changed asks for a new run."""
+    for row in rows("all_agents.jsonl"):
+        name = row["task"][0]
+        today = json.loads(json.dumps(dataclasses.asdict(agent_config(name))))
+        assert row["config"]["agent_config"] == today, name
+
+
+def test_tuning_gave_every_agent_the_same_number_of_trials_on_other_seeds():
+    found = rows("tune.jsonl")
+    trials = {n: {tuple(r["task"][1:3]) for r in found if r["task"][0] == n} for n in BUILT_IN}
+    assert len({frozenset(t) for t in trials.values()}) == 1
+    reported = {r["task"][1] for r in rows("all_agents.jsonl")}
+    assert reported.isdisjoint({r["task"][2] for r in found})
+    lines = (RESULTS / "tune.md").read_text().splitlines()
+    for line in tune.table(found):
+        assert line in lines
+
+
+def test_few_answers_page_says_what_the_results_say():
+    text, found = (RESULTS / "few_answers.md").read_text(), rows("few_answers.jsonl")
+    for name, statement in few_answers.STATEMENTS.items():
+        mine = [r for r in found if r["statement"] == name]
+        held = sum(all(r[k] >= v for k, v in statement.wanted.items()) for r in mine)
+        line = next(x for x in text.splitlines() if x.startswith(f"| {statement.text} |"))
+        assert f"| {held} of {len(mine)} |" in line
+    (first,) = [r for r in found if r["statement"] == "first-question"]
+    told = sum(0 < n < 4 for n in first["accepted"])
+    assert f"{told} of {len(first['accepted'])} show some but not all" in text
+
+
+# Logic
+
+
+def test_trials_are_drawn_around_the_defaults_and_reproducible():
+    assert tune.draw("ppo", 0) == {}
+    one, again, other = tune.draw("ppo", 1), tune.draw("ppo", 1), tune.draw("ppo", 2)
+    assert one == again != other
+    config = agent_config("ppo")
+    for name, value in one.items():
+        assert 1 / tune.FACTOR <= value / getattr(config, name) <= tune.FACTOR
+    assert isinstance(tune.draw("hil-dd", 1)["updates"], int)
+
+
+def test_best_trial_is_one_whose_shapes_stay_whole():
+    def row(trial, score, ratio):
+        return {
+            "task": ["ppo", trial, 100, 8],
+            "score": score,
+            "residual_ratio": ratio,
+            "settings": tune.draw("ppo", trial),
+        }
+
+    crashed = {"task": ["ppo", 3, 100, 8], "error": "NonFiniteError"}
+    found = tune.best([row(0, 0.8, 1.1), row(1, 0.95, 3.0), row(2, 0.83, 1.2), crashed])
+    assert found == {0: (0.8, True), 1: (0.95, False), 2: (0.83, True)}
+    line = tune.table([row(0, 0.8, 1.1), row(1, 0.95, 3.0), row(2, 0.83, 1.2), crashed])[-1]
+    assert "| 0.800 | 0.830 |" in line and line.endswith("| taken |")
+    assert tune.table([row(0, 0.8, 1.1), row(2, 0.81, 1.2)])[-1].endswith("| default stands |")
+
+
+def work(judge, name, value):
+    if value < 0:
+        raise ValueError("below zero")
+    return {"double": 2 * value}
+
+
+def test_pool_keeps_a_line_a_run_and_repeats_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool.RunConfig, "judge", lambda self: None)
+    log = tmp_path / "log.jsonl"
+    first = pool.gather(work, [("a", 1), ("b", -1)], log, workers=1)
+    assert {tuple(r["task"]): r.get("double", r.get("error")) for r in first} == {
+        ("a", 1): 2,
+        ("b", -1): "ValueError: below zero",
+    }
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda *a: pytest.fail("nothing is left"))
+    assert pool.gather(work, [("a", 1), ("b", -1)], log) == first
