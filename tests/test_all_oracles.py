@@ -10,13 +10,15 @@ from prefenv.cli import main
 from prefenv.device import make_generator
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.oracle import Oracle
-from prefenv.registry import ORACLES, make_oracle, make_teacher
+from prefenv.registry import ORACLES, lookup, make_oracle, make_teacher
 from prefenv.reward import RewardEnsemble, save_reward
 from prefenv.tasks.shapes import Shapes
 from prefenv.testing import ContractError, check_oracle
 
 TASK = Shapes()
-PERSONS = {"human"}  # who would have to sit there
+PERSONS = {
+    n for n in ORACLES if hasattr(lookup("oracle", n), "play")
+}  # who would have to sit there
 
 
 @pytest.fixture(scope="module")
