@@ -124,7 +124,7 @@ def summary(rows: list[dict[str, Any]], agent: str) -> str:
         f"{statistics.median(r['residual'] / r['reference_residual'] for r in fine):.2f}",
         f"{statistics.median(r['diversity'] or 0.0 for r in fine):.2f}",
         f"{middle:.0f}" if middle < math.inf else "never",
-        f"{statistics.median(r['seconds'] for r in fine):.1f}",
+        f"{statistics.median(r['cpu_seconds'] for r in fine):.1f}",
     ]
     return f"| `{agent}` | {' | '.join(cells + numbers)} |"
 
