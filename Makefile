@@ -27,7 +27,7 @@ demo: setup ## Align the generator with an oracle and draw before and after, int
 	$(BIN)/prefenv demo --out runs/demo $(if $(TASK),--task $(TASK)) $(ARGS)
 
 test: setup ## Run the tests (all but the slow ones)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 test-slow: setup ## Run the slow tests
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -228,7 +228,8 @@ def align(
     figure.savefig(folder / "shapes.png")
     write_atomic(folder / "model.safetensors", pack(agent.state()))
     write_atomic(folder / "summary.json", _json(summary))
-    state.unlink(missing_ok=True)
+    for file in (state, *folder.glob(f".{state.name}.*")):  # a kill may leave a state half written
+        file.unlink(missing_ok=True)
     env.close()
     return summary
 
