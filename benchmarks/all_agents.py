@@ -147,7 +147,8 @@ def main(args: Args) -> None:
     note = (
         f"Median (range) over {args.seeds} seeds at {args.queries:,} judged samples in panels of 4, all with the "
         "same network, sampler and evaluation. *Queries to 0.95*: judged samples after which 95 % of model B's "
-        "are preferred, in rounds of 128 (*never*: in fewer than half of the seeds). Made by "
+        "are preferred, in rounds of 128 (*never*: in fewer than half of the seeds). CPU "
+        "seconds were taken on a busy machine of two cores. Made by "
         "`python -m benchmarks.all_agents`."
     )
     text = [
