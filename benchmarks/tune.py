@@ -48,7 +48,7 @@ SPACE: dict[str, tuple[str, ...]] = {
     "rft": ("lr", "updates", "batch"),
     "adjoint": ("lr", "minibatches", "epochs"),
     "draft": ("lr", "anchor", "minibatches"),
-    "sb3-ppo": ("lr", "clip_range", "anchor"),
+    "sb3-ppo": ("lr", "clip_range", "ent_coef"),
     "noise": ("lr", "gradient_steps", "width"),
     "learned-reward": ("lr", "updates", "anchors"),
 }
