@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from benchmarks.main_job import spread
 from prefenv.checkpoints import load_checkpoint
 from prefenv.evaluation import Judge
 from prefenv.registry import make_agent, make_oracle, make_task
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
             row["residual_ratio"] = row["residual"] / row["reference_residual"]
         keys = ("preferred_rate", "score", "optimum_score", "residual_ratio")
         wanted = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in statement.wanted.items())
-        cells = [_spread([r[k] for r in mine]) for k in keys]
+        cells = [spread([r[k] for r in mine]) for k in keys]
         aim = f"{wanted} in {statement.times} of 10"
         lines.append(f"| {statement.text} | {aim} | {held} of {args.seeds} | {' | '.join(cells)} |")
         rows += mine
@@ -166,10 +166,6 @@ def main(args: Args) -> None:
     (args.out / "few_answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (args.out / "few_answers.md").write_text("\n".join(lines))
     print("\n".join(lines))
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

@@ -141,10 +141,9 @@ class RunConfig:
 
     def answerer(self) -> Any:
         """Who answers the env: the oracle, or its teacher, seeded with the run."""
-        task = make_task(self.task)
         if self.teacher is None:
             return self.oracle
-        return make_teacher(self.teacher, make_oracle(self.oracle, task), self.seed)
+        return make_teacher(self.teacher, make_oracle(self.oracle, make_task(self.task)), self.seed)
 
     def make_env(self) -> Any:
         """The environment, with the budget as its limit."""

@@ -9,14 +9,6 @@ from agents.adjoint import adjoint_loss, lean_adjoint
 from prefenv.kernels import Affine
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tensors(golden):
     def load(name):

@@ -66,14 +66,6 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def everything(agent):
     """All that an agent carries, but the clock."""
     state = agent.state()

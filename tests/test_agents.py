@@ -19,14 +19,6 @@ from prefenv.policy import Rollout, collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tensors(golden):
     """Golden arrays as tensors, text left out."""

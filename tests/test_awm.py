@@ -15,14 +15,6 @@ WEIGHTINGS = ["uniform", "t", "tpow2", "huber", "ghuber"]
 ORDERS = {"exp_first": "exp-first", "sum_first": "sum-first"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def awm(golden):
     """Golden arrays in our convention: t = 1 - sigma, velocities turned round."""

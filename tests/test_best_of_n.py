@@ -29,14 +29,6 @@ from prefenv.policy import Rollout
 from prefenv.testing.probe import probe_env, right
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def best(n=4, **settings):
     return probe_agent("best-of-n", n=n, **settings).learn(4 * ROWS)
 

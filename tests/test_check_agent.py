@@ -23,14 +23,6 @@ from prefenv.testing.probe import right
 NAMES = list(CHECKS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", names("agent"))
 def test_registered_agents_pass(name):
     told, began = [], time.process_time()

@@ -47,15 +47,6 @@ every_control = pytest.mark.parametrize("control", ["state", "noise"])
 every_array = pytest.mark.parametrize("array", ["numpy", "torch"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small matrices: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_the_reference(env, observation):
     """Actions that make shapes, so that judgements differ from row to row."""
     if env.unwrapped.control == "noise":

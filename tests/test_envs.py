@@ -29,15 +29,6 @@ TASK = Shapes()
 D = 128
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small matrices: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Recorder(Oracle):
     """Judges by the first coordinate, and keeps what it was shown."""
 

@@ -30,14 +30,6 @@ from prefenv.oracle import Oracle
 from prefenv.tasks.shapes import Shapes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def draws(n, dim, seed=0):
     return torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

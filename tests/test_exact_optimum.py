@@ -26,14 +26,6 @@ MEAN, STD, STEPS = 0.5, 0.8, 16
 MEMORYLESS = Kernel("ddim", 1.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Movable(GaussianVelocity):
     """The exact velocity plus ``w(t) + g(t) x``, lines between 17 knots, 0 at first: it can be any Gaussian's."""
 

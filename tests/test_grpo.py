@@ -22,14 +22,6 @@ from prefenv.policy import collect
 from prefenv.testing.probe import Probe, ProbeOracle, ProbeVelocity, probe_env
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def g(golden):
     return {k: torch.as_tensor(v) for k, v in golden("03_policy_losses").items()}

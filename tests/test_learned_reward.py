@@ -27,14 +27,6 @@ from prefenv.testing.probe import right
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 

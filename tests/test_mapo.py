@@ -11,14 +11,6 @@ from agents.mapo import likelihood_proxy, mapo_loss
 from prefenv.matching import matching_error
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def g(golden):
     loaded = golden("04g_dspo_mapo_kto").items()

@@ -14,14 +14,6 @@ NAMES = ["flow-dpo", "dspo", "kto", "mapo", "nft", "awm", "dgpo", "rwr"]
 every_agent = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_round(samples, judgement, condition=None, panel_size=4):
     path = torch.stack([torch.zeros_like(samples), samples])
     return Rollout(path, torch.zeros(1, len(samples)), judgement, judgement, panel_size, condition)

@@ -10,14 +10,6 @@ from agents.nft import nft_loss, old_decay, optimality
 from prefenv.matching import matching_error
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def nft(golden):
     """Golden arrays in our convention: t = 1 - sigma, velocities turned round."""

@@ -22,14 +22,6 @@ every_option = pytest.mark.parametrize(("ratio", "reduction"), OPTIONS)
 STILL = {"lr": 0.0, "epochs": 1, "minibatches": 1, "anchor": 0.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def close(got, want, tolerance=1e-4):
     torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
 

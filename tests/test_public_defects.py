@@ -25,14 +25,6 @@ from prefenv.matching import MatchingAgent, matching_error
 from prefenv.testing import ContractError, check_agent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def with_defaults(config, **settings):
     """A ``Config`` with other defaults."""
     fields = [(k, config.__annotations__[k], v) for k, v in settings.items()]

@@ -12,14 +12,6 @@ from agents.rft import kept
 from prefenv.policy import Rollout
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_round(judgement, samples, panel_size=4):
     judgement = torch.as_tensor(judgement)
     path = torch.stack([torch.zeros_like(samples), samples])

@@ -14,14 +14,6 @@ from prefenv.networks import GaussianVelocity
 from prefenv.testing.probe import right
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def orw(golden):
     return {
