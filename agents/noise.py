@@ -106,13 +106,13 @@ class NoiseSAC(Agent):
             weight_decay: Decoupled weight decay, of the critics and (toward N(0, I)) of the actor.
         """
 
-        lr: float = 1e-3
+        lr: float = 4.45e-4
         kl: float = 4.0
         alpha: float = 0.02
-        gradient_steps: int = 32
+        gradient_steps: int = 19
         batch_size: int = 256
         buffer_size: int = 16384
-        width: int = 128
+        width: int = 318
         n_critics: int = 2
         weight_decay: float = 0.1
 

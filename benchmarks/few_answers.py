@@ -24,7 +24,7 @@ from prefenv.registry import make_agent, make_oracle, make_task
 from prefenv.runs import RunConfig, align, versions
 
 RESULTS = Path(__file__).parent / "results"
-RARE = {"task": "shapes:s_rate=0.025", "checkpoint": "checkpoints/shapes-rare.safetensors"}
+RARE = {"task": "shapes:s_rate=0.025", "checkpoint": "shapes-rare"}
 BASE = RunConfig(agent="learned-reward", device="cpu")
 
 

@@ -8,10 +8,9 @@ its mean, which keeps an agent from where the members guess (Coste et al. 2023, 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
+from prefenv.checkpoints import find
 from prefenv.errors import CheckpointError, ConfigError
 from prefenv.oracle import Oracle
 from prefenv.reward import load_reward
@@ -23,7 +22,7 @@ class Learned(Oracle):
 
     Args:
         task: The task whose samples it judges.
-        path: The reward model, a .safetensors file.
+        path: The reward model: a .safetensors file, or the name of one of ours, ``shapes-proxy``.
         caution: Standard deviations of the ensemble that are taken off its mean.
 
     Raises:
@@ -36,7 +35,7 @@ class Learned(Oracle):
         super().__init__(task)
         if not 0 <= caution < float("inf"):
             raise ConfigError(f"learned: caution must be finite and at least 0, not {caution}")
-        self.model, self.card = load_reward(Path(path))
+        self.model, self.card = load_reward(find(path))
         self.caution = caution
         if self.model.event_shape != task.event_shape:
             raise CheckpointError(

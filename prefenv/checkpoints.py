@@ -32,13 +32,21 @@ class Checkpoint:
     card: dict[str, Any]
 
 
-def default_path(task: Task) -> Path:
-    """Where the task's own reference lies: inside an installed package, or beside it in the repository."""
+def shipped(name: str) -> Path:
+    """Where a reference of ours lies: inside an installed package, or beside it in the repository."""
     for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints"):
-        path = folder / f"{task.name}.safetensors"
+        path = folder / f"{name}.safetensors"
         if path.exists():
             return path
     return path
+
+
+def find(path: Path | str) -> Path:
+    """The file that a setting means: a path, or the name of one of ours, such as ``shapes-rare``."""
+    plain = Path(path)
+    ours = shipped(plain.name)
+    by_name = not plain.suffix and plain.parent == Path() and not plain.exists()
+    return ours if by_name and ours.exists() else plain
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -91,13 +99,13 @@ def load_checkpoint(path: Path | str | None, task: Task) -> Checkpoint:
     """The reference of a task.
 
     Args:
-        path: A file; None = the one that comes with the package.
+        path: A file, or the name of one that comes with the package; None = the task's own.
         task: The task it must belong to.
 
     Raises:
         CheckpointError: Missing, broken, unsafe, another task's, of other shapes, or not finite.
     """
-    path = default_path(task) if path is None else Path(path)
+    path = shipped(task.name) if path is None else find(path)
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}; make one with: prefenv train --task {task.name} --out {path}"

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 import prefenv
+from benchmarks.bench import Bench
 from prefenv import cli_feedback
 from prefenv.cli_label import Label
 from prefenv.cli_play import Play
@@ -233,6 +234,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "play": Play,
     "demo": Demo,
     "train": Train,
+    "bench": Bench,
     "label": Label,
     "list": List,
     "check-agent": CheckAgent,

@@ -36,7 +36,7 @@ class Sample:
         panel_size: Samples shown together.
         seed: Seed of the noises.
         steps: Steps from noise to sample.
-        checkpoint: Reference file; None = the task's own.
+        checkpoint: Reference: a file, or the name of one of ours; None = the task's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         pictures: Draw each sample as ``pictures/ID.png``.
         json: Print what was made as one JSON object, and nothing else, on stdout.

@@ -50,7 +50,7 @@ class FlowMDP:
         kl_coef: Cost of leaving the reference: adds ``-kl_coef (|a - m_ref|^2 / (2 std^2) - D/2)`` to each
             step's reward, in ``noise`` control with ``m_ref = 0, std = 1``. Needs std > 0 at every step.
         max_queries: Budget of judged samples; None = no limit.
-        checkpoint: Reference file; None = the task's own.
+        checkpoint: Reference: a file, or the name of one of ours; None = the task's own.
         reference: A flow to use instead of a checkpoint.
         device: Where the reference and the states live.
 

@@ -63,7 +63,7 @@ class RunConfig:
         seed: Seed of everything random.
         steps: Steps from noise to sample.
         beta: Temperature of the optimum that scores the agent; None = the task's.
-        checkpoint: Reference file; None = the task's own.
+        checkpoint: Reference: a file, or the name of one of ours; None = the task's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 

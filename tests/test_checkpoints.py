@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefenv.checkpoints import default_path, load_checkpoint, save_checkpoint, write_atomic
+from prefenv.checkpoints import load_checkpoint, save_checkpoint, shipped, write_atomic
 from prefenv.errors import CheckpointError
 from prefenv.networks import VelocityMLP
 from prefenv.policy import FlowPolicy
@@ -68,7 +68,7 @@ def test_round_trip_is_bit_equal(path, task, flow):
 @pytest.mark.parametrize("name", names("task"))
 def test_the_committed_reference_loads_and_is_as_its_card_says(name):
     task = make_task(name)
-    path = default_path(task)
+    path = shipped(task.name)
     assert path.with_suffix(".md").is_file(), "a model card lies beside it"
     loaded = load_checkpoint(None, task)
     card, noise = loaded.card, torch.randn(1024, *task.event_shape)

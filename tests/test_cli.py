@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prefenv.checkpoints import default_path, load_checkpoint
+from prefenv.checkpoints import load_checkpoint, shipped
 from prefenv.cli import main
 from prefenv.evaluation import Judge
 from prefenv.registry import make_task, names
@@ -94,7 +94,7 @@ class Evil:
 
 def broken(kind, path):
     """A checkpoint broken in one way."""
-    good = default_path(make_task("shapes"))
+    good = shipped("shapes")
     tensors, header = load_file(good), {"format": "prefenv-flow-1", "task": "shapes", "card": "{}"}
     if kind == "truncated":
         path.write_bytes(good.read_bytes()[:5000])

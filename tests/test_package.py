@@ -27,7 +27,7 @@ action, _ = env.unwrapped.reference.predict(observation)
 observation, reward, terminated, truncated, info = env.step(action)
 print(json.dumps({
     "files": [m.__file__ for m in (prefenv, prefenv.checkpoints, agents, oracles, benchmarks)],
-    "checkpoint": str(prefenv.checkpoints.default_path(env.unwrapped.task)),
+    "checkpoint": str(prefenv.checkpoints.shipped(env.unwrapped.task.name)),
     "version": prefenv.__version__,
     "shape": observation["x"].shape,
 }))

@@ -28,7 +28,7 @@ class PlayConfig:
         shown: Samples of model A shown in the beginning, and of model B after each answer.
         seed: Seed of everything random.
         steps: Steps from noise to sample.
-        checkpoint: Reference file; None = the task's own.
+        checkpoint: Reference: a file, or the name of one of ours; None = the task's own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         none_teaches: Let the agent learn from "none will do" too; the toy does not.
         annotator: Who answers; kept with every answer.

@@ -1,0 +1,295 @@
+"""``prefenv bench``: agents x experiments x seeds, as a list of runs that can be stopped and goes on.
+
+A line of ``<out>/<experiment>.jsonl`` is a finished run. What has a line is not run again: a run is known by a
+hash of all its settings, the agent's defaults among them. Runs that failed are tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from benchmarks.engines import ENGINES
+from benchmarks.experiments import NAMES, load, question
+from benchmarks.jobs import Job, jobs, judge_of, work
+from prefenv.checkpoints import write_atomic
+from prefenv.registry import agent_config, names
+from prefenv.runs import writable
+
+Line = dict[str, Any]
+Suite = Literal["quick", "full"]
+QUICK = ("basic", "few", "pairs")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Run agents on experiments with a known best answer, and keep a line of numbers for every run.
+
+    Score: 0 = the untouched reference, 1 = the exact optimum. Ctrl-C loses only the runs under way, and the same
+    command goes on. Then: prefenv report.
+
+    Example: prefenv bench --suite quick --agents ppo your_package.awr:AWR
+
+    Args:
+        suite: ``quick`` = basic, few and pairs with 3 seeds; ``full`` = everything with its own number of seeds.
+        agents: Which, by name or ``module:Class``, settings may follow; default: all that are known.
+        experiments: Which; default: the suite's.
+        seeds: How many seeds each; default: the suite's.
+        first_seed: The first of them.
+        engine: ``local`` = processes of this machine; ``ray`` = a Ray cluster (pip install 'prefenv[ray]';
+            ray start --head, and ray start --address=... on every other machine).
+        workers: Runs at a time, one thread each; None = one per core.
+        out: Folder of the results.
+        work: Folder of the run directories; None = OUT/work. With Ray, a folder that all machines share lets killed
+            runs go on where they stopped; else they start anew.
+        json: Print what was done as one JSON object, and nothing else, on stdout.
+    """
+
+    suite: Suite = "quick"
+    agents: tuple[str, ...] = ()
+    experiments: tuple[str, ...] = ()
+    seeds: int | None = None
+    first_seed: int = 0
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    out: Path = Path("runs/bench")
+    work: Path | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        """Run what is missing."""
+        wanted = list(self.jobs())
+        writable(self.out)
+        results = Results(self.out)
+        counts = run_all(
+            wanted, results, self.engine, self.workers, (self.work or self.out / "work").absolute()
+        )
+        results.tidy(wanted)
+        results.add_frontiers({job.experiment for job in wanted})
+        if self.json:
+            print(json.dumps({"out": str(self.out), **counts}))
+        else:
+            print(
+                f"{counts['done']} runs done, {counts['refused']} refused by their agents, {counts['failed']} "
+                f"failed, {counts['skipped']} were there before; results in {self.out}"
+            )
+            for line in results.lines():
+                if "error" in line:
+                    print(f"failed: {line['experiment']} {line['name']}: {line['error']}")
+            print(f"next: prefenv report --results {self.out}")
+        return 0
+
+    def jobs(self) -> Iterator[Job]:
+        """All runs of the suite.
+
+        Raises:
+            UnknownNameError: An agent or an experiment that is not known.
+        """
+        agents = self.agents or tuple(names("agent"))
+        for agent in agents:
+            agent_config(agent)
+        chosen = self.experiments or (QUICK if self.suite == "quick" else NAMES)
+        seeds = self.seeds or (3 if self.suite == "quick" else None)
+        return jobs(chosen, agents, seeds, self.first_seed)
+
+
+@dataclass
+class Results:
+    """Lines of finished runs, a file an experiment.
+
+    Args:
+        folder: Where they are.
+    """
+
+    folder: Path
+    _lines: dict[str, list[Line]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in sorted(self.folder.glob("*.jsonl")):
+            self._lines[path.stem] = list(_read(path))
+
+    def lines(self) -> list[Line]:
+        """All of them."""
+        return [line for lines in self._lines.values() for line in lines]
+
+    def finished(self) -> set[tuple[str, str, str]]:
+        """Experiment, variant and name of the runs that came to an end."""
+        return {
+            (x["experiment"], x["variant"], x["name"]) for x in self.lines() if "error" not in x
+        }
+
+    def add(self, line: Line) -> None:
+        """Keep a line, at once."""
+        lines = self._lines.setdefault(line["experiment"], [])
+        lines.append(line)
+        with (self.folder / f"{line['experiment']}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def tidy(self, wanted: Iterable[Job]) -> None:
+        """Sort the lines; of runs that were done again, or with other settings, keep the last line."""
+        touched = {job.experiment for job in wanted}
+        for name in touched & self._lines.keys():
+            last = {(x["variant"], x["agent"], x["seed"]): x for x in self._lines[name]}
+            order = list(load(name).variants)
+            kept = sorted(
+                last.values(), key=lambda x: (order.index(x["variant"]), x["agent"], x["seed"])
+            )
+            self._lines[name] = kept
+            text = "".join(json.dumps(x) + "\n" for x in kept)
+            write_atomic(self.folder / f"{name}.jsonl", text.encode())
+
+    def add_frontiers(self, experiments: Iterable[str]) -> None:
+        """Keep each experiment's frontier (of its first variant) beside the lines, for the report."""
+        path = self.folder / "frontier.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        for name in sorted(set(experiments) - found.keys()):
+            judge = judge_of(name, next(iter(load(name).variants)))
+            reward, kl = judge.frontier_curve(100)
+            found[name] = {
+                "reward": np.round(reward, 5).tolist(),
+                "kl": np.round(kl, 5).tolist(),
+                "reference_reward": float(judge.rewards.double().mean()),
+                "optimum_reward": judge.optimum_reward,
+                "optimum_kl": judge.optimum_kl,
+            }
+            write_atomic(path, json.dumps(found).encode())
+
+
+def _read(path: Path) -> Iterator[Line]:
+    """Whole lines; one that a kill cut short is taken out of the file."""
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomic(path, whole.encode())
+    return map(json.loads, whole.splitlines())
+
+
+def run_all(
+    wanted: list[Job], results: Results, engine: str, workers: int | None, folder: Path
+) -> dict[str, int]:
+    """Do the runs that have no line yet, and keep theirs as they come.
+
+    Returns:
+        How many were ``done``, ``refused``, ``failed``, and ``skipped``.
+    """
+    finished = results.finished()
+    todo = [j for j in wanted if (j.experiment, j.variant, j.config.name) not in finished]
+    counts = {"done": 0, "refused": 0, "failed": 0, "skipped": len(wanted) - len(todo)}
+    if not todo:
+        return counts
+    board = Board(wanted, todo)
+    with board.shown():
+        for job, line in ENGINES[engine](functools.partial(work, folder=folder), todo, workers):
+            if line is None:
+                board.begin(job)
+                continue
+            results.add(line)
+            outcome = next((o for k, o in _OUTCOMES.items() if k in line), "done")
+            counts[outcome] += 1
+            board.end(job, outcome, line)
+    return counts
+
+
+_OUTCOMES = {"error": "failed", "refused": "refused"}
+
+
+class Board:
+    """The live table: what is done, what runs, what failed, and how long it will take.
+
+    Args:
+        wanted: All runs.
+        todo: Those that are left.
+    """
+
+    def __init__(self, wanted: list[Job], todo: list[Job]):
+        self.total, self.left = Counter(j.experiment for j in wanted), len(todo)
+        missing = Counter(j.experiment for j in todo)
+        self.counts = {name: Counter(done=n - missing[name]) for name, n in self.total.items()}
+        self.running: dict[Job, float] = {}
+        self.began, self.ended = time.monotonic(), 0
+        self.console = Console(stderr=True)
+        self.live: Live | None = None
+
+    @contextlib.contextmanager
+    def shown(self) -> Generator[None]:
+        """Show it for the time of a ``with``; where there is no terminal, a line a run is printed instead."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self.table, console=self.console, refresh_per_second=2) as live:
+            self.live = live
+            yield
+
+    def begin(self, job: Job) -> None:
+        """A run begins."""
+        self.running[job] = time.monotonic()
+
+    def end(self, job: Job, outcome: str, line: Line) -> None:
+        """A run ended."""
+        seconds = time.monotonic() - self.running.pop(job)
+        self.counts[job.experiment][outcome] += 1
+        self.left, self.ended = self.left - 1, self.ended + 1
+        told = line.get("error") or line.get("refused") or f"score {line['score']:.3f}"
+        if self.live is None or outcome == "failed":
+            variant = f" {job.variant}" if job.variant else ""
+            self.console.print(
+                f"{job.experiment}{variant} {job.agent} seed {job.seed}: {told} ({seconds:.0f} s, "
+                f"{self.left} left, {self.time_left()})",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+
+    def time_left(self) -> str:
+        """By the pace so far."""
+        if not self.ended:
+            return "time left: not known yet"
+        minutes, seconds = divmod(
+            round((time.monotonic() - self.began) / self.ended * self.left), 60
+        )
+        hours, minutes = divmod(minutes, 60)
+        return f"about {hours}:{minutes:02}:{seconds:02} left"
+
+    def table(self) -> Table:
+        """The table as it is now."""
+        table = Table(title=f"prefenv bench: {self.left} runs left, {self.time_left()}")
+        for head in ("experiment", "question"):
+            table.add_column(head, no_wrap=head == "experiment")
+        for head in ("runs", "done", "running", "refused", "failed"):
+            table.add_column(head, justify="right")
+        now = Counter(j.experiment for j in self.running)
+        for name, total in self.total.items():
+            count = self.counts[name]
+            failed = f"[red]{count['failed']}[/red]" if count["failed"] else "0"
+            cells = (total, count["done"], now[name], count["refused"])
+            table.add_row(name, question(name), *map(str, cells), failed)
+        names = ", ".join(f"{j.agent} s{j.seed}" for j in self.running)
+        table.caption = f"running: {names}" if names else None
+        return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``python -m benchmarks.bench``: the same as ``prefenv bench``."""
+    from prefenv.cli import main as cli
+
+    return cli(["bench", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""Where runs are done: processes of this machine, or a Ray cluster. Both yield what begins and what is done.
+
+An engine takes jobs and a function ``work(job) -> line`` and yields ``(job, None)`` when one begins and
+``(job, line)`` when it is done, each job exactly once. A worker that dies costs its run a second try, and after
+that the line says so; the other runs go on.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from benchmarks.jobs import Job
+from prefenv.errors import ConfigError
+
+Line = dict[str, Any]
+Work = Callable[[Job], Line]
+Events = Iterator[tuple[Job, Line | None]]
+TRIES = 2
+
+
+def _watch(parent: int) -> None:
+    """End this process when its parent is gone: a killed benchmark leaves nobody behind."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def local(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events:
+    """Processes of this machine.
+
+    Args:
+        work: A function that can be pickled.
+        jobs: What to do, in this order.
+        workers: Processes; None = one per core.
+    """
+    count = workers or len(os.sched_getaffinity(0))
+    waiting = deque((job, 1) for job in jobs)
+    while waiting:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(count, context, _watch, (os.getpid(),))
+        running: dict[Future[Line], tuple[Job, int]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < count:
+                    job, attempt = waiting.popleft()
+                    running[pool.submit(work, job)] = job, attempt
+                    if attempt == 1:
+                        yield job, None
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    line = future.result()  # BrokenProcessPool: a worker died
+                    job, _ = running.pop(future)
+                    yield job, line
+        except BrokenProcessPool:
+            for job, attempt in running.values():
+                if attempt < TRIES:
+                    waiting.appendleft((job, attempt + 1))
+                else:
+                    yield job, _died(job, "its process died (killed, or out of memory)")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def on_ray(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events:
+    """A Ray cluster: the one that runs here (``ray start --head``), or a new one of this machine alone.
+
+    Args:
+        work: A function that can be pickled.
+        jobs: What to do, in this order.
+        workers: Runs at a time; None = one for each CPU of the cluster, nodes that join or leave included.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray: pip install 'prefenv[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(ray)
+    # Ray repeats a run whose node died, on another node.
+    remote = ray.remote(num_cpus=1, max_retries=TRIES)(work)
+    waiting, running = deque(jobs), {}
+    try:
+        while waiting or running:
+            room = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while waiting and len(running) < room:
+                job = waiting.popleft()
+                running[remote.remote(job)] = job
+                yield job, None
+            done, _ = ray.wait(list(running), num_returns=1, timeout=5.0)
+            for reference in done:
+                job = running.pop(reference)
+                try:
+                    line = ray.get(reference)
+                except RayError as error:
+                    line = _died(job, str(error).splitlines()[0])
+                yield job, line
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: Any) -> None:
+    """Join the cluster of this machine if there is one, else start one that ends with us."""
+    settings = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    try:
+        ray.init(address="auto", log_to_driver=False, configure_logging=False)
+    except ConnectionError:
+        ray.init(**settings)
+
+
+def _died(job: Job, how: str) -> Line:
+    return {**job.head(), "error": f"the run did not come back: {how}"}
+
+
+ENGINES: dict[str, Callable[..., Events]] = {"local": local, "ray": on_ray}

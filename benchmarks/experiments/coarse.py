@@ -1,0 +1,12 @@
+"""coarse: 2, 4, 8 or 16 sampling steps.
+
+Why: steps are what a sample costs, and a stochastic step's noise and a linearised likelihood ratio grow with its
+length. Reference, agent and optimum are all sampled with the same number.
+"""
+
+from benchmarks.experiments import Experiment
+
+EXPERIMENT = Experiment(
+    {"queries": 1024, "panel_size": 4},
+    {str(steps): {"steps": steps} for steps in (2, 4, 8, 16)},
+)
