@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CODE := prefenv agents oracles benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format speed wheel clean
+.PHONY: help setup demo bench test test-slow lint format speed wheel clean
 
 help: ## Print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## Align the generator with an oracle and draw before and after, into runs/demo
 	$(BIN)/prefenv demo --out runs/demo $(if $(TASK),--task $(TASK)) $(ARGS)
+
+bench: setup ## Run what is missing of the committed benchmark (hours; it goes on where it was stopped)
+	$(BIN)/prefenv bench --suite full --out benchmarks/results/bench --work runs/bench $(ARGS)
 
 test: setup ## Run the tests (all but the slow ones)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)

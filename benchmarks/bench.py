@@ -54,7 +54,7 @@ class Bench:
             ray start --head, and ray start --address=... on every other machine).
         workers: Runs at a time, one thread each; None = one per core.
         out: Folder of the results.
-        work: Folder of the run directories; None = OUT/work. With Ray, a folder that all machines share lets killed
+        work: Folder of the run directories; None = OUT/work. With Ray, one that all machines share lets killed
             runs go on where they stopped; else they start anew.
         json: Print what was done as one JSON object, and nothing else, on stdout.
     """

@@ -84,6 +84,7 @@ def on_ray(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Event
     Raises:
         ConfigError: Ray is not installed.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine unasked
     try:
         import ray
         from ray.exceptions import RayError

@@ -1,0 +1,372 @@
+"""``prefenv bench``: experiments, jobs, engines, results; stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench, engines, experiments
+from benchmarks import jobs as jobs_module
+from benchmarks.bench import Bench, Results
+from benchmarks.experiments import NAMES, load
+from benchmarks.jobs import Job, jobs, refusal, work
+from prefenv.checkpoints import load_checkpoint
+from prefenv.cli import main
+from prefenv.errors import UnknownNameError
+from prefenv.evaluation import Judge
+from prefenv.registry import make_agent, make_oracle, make_task
+
+# Experiments
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_says_what_it_asks_and_all_its_variants_can_be_run(name):
+    experiment = load(name)
+    text = experiments.module(name).__doc__
+    assert text.startswith(f"{name}: ") and "Why: " in text
+    assert experiments.question(name)[-1] == "."
+    assert experiment.seeds >= 5
+    seen = set()
+    for variant in experiment.variants:
+        config = experiment.config(variant, "ppo", 3)
+        assert config.seed == 3 and config.queries == experiment.settings["queries"]
+        seen.add(config.name)
+        env = config.make_env()
+        assert env.num_envs % env.panel_size == 0 and config.queries % env.num_envs == 0
+        env.close()
+    assert len(seen) == len(experiment.variants), "variants differ"
+
+
+def test_unknown_experiment_is_named():
+    with pytest.raises(UnknownNameError, match="choose one of basic, few"):
+        load("basics")
+
+
+def test_proxy_is_what_its_script_makes():
+    """The committed proxy was trained on these answers."""
+    from benchmarks.experiments.proxy import answers
+    from prefenv.checkpoints import shipped
+    from prefenv.reward import load_reward
+
+    _, card = load_reward(shipped("shapes-proxy"))
+    assert card["panels"] == 64 and card["feedback_digest"] == answers().digest()
+
+
+# Jobs
+
+
+def test_jobs_are_all_of_them_whole_seeds_first():
+    found = list(jobs(("few", "noisy"), ("ppo", "pfm"), None))
+    assert len(found) == len(set(found)) == 2 * (10 + 3 * 5)
+    assert [(j.agent, j.seed) for j in found[:4]] == [
+        ("ppo", 0), ("pfm", 0), ("ppo", 1), ("pfm", 1),
+    ]  # fmt: skip
+    assert [j.seed for j in jobs(("few",), ("ppo",), 2, 5)] == [5, 6]
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+def test_name_changes_with_the_agents_settings_only():
+    one = Job("few", "", "ppo", 0)
+    assert one.config.name == Job("few", "", "ppo", 0).config.name
+    assert one.config.name != Job("few", "", "ppo:lr=1e-3", 0).config.name
+    assert one.config.name != Job("basic", "", "ppo", 0).config.name
+
+
+def test_an_agent_that_needs_gradients_is_refused_where_there_are_none(tmp_path):
+    assert refusal(Job("basic", "", "draft", 0).config) is None
+    line = work(Job("pairs", "", "draft", 0), tmp_path)
+    assert "gradient" in line["refused"] and "error" not in line and "score" not in line
+
+
+def test_a_run_that_fails_is_a_line(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ArithmeticError("two and\ntwo")
+
+    monkeypatch.setattr(jobs_module, "_measure", broken)
+    line = work(Job("few", "", "pfm", 0), tmp_path)
+    assert line["error"] == "ArithmeticError: two and two" and line["agent"] == "pfm"
+
+
+@pytest.fixture
+def small_judge(monkeypatch):
+    """Scores by few samples and without likelihoods."""
+
+    @functools.cache
+    def judge(experiment, variant):
+        small = Judge.evaluate
+        monkeypatch.setattr(Judge, "evaluate", lambda self, model: small(self, model, kl=False))
+        config = load(experiment).config(variant, "ppo", 0)
+        task = make_task(config.task)
+        flow = load_checkpoint(config.checkpoint, task).flow
+        return Judge(flow, task, make_oracle(config.oracle, task), n_reference=2048, n=256)
+
+    monkeypatch.setattr(jobs_module, "judge_of", judge)
+    return judge("few", "")
+
+
+TIMES = ("seconds", "cpu_seconds")
+
+
+def test_a_run_is_measured_on_the_way_and_at_the_end(tmp_path, small_judge):
+    job = Job("few", "", "hil-dd", 0)
+    line = work(job, tmp_path)
+    queries = [point[0] for point in line["curve"]]
+    assert queries == [4, 8, 12], "after every round: a round passes several marks"
+    assert line["queries"] == line["budget"] == 12 and line["panels"] == 3
+    agent = make_agent("hil-dd", job.config.make_env(), seed=0)
+    agent.learn(12)
+    samples = agent.sample(small_judge.noise).cpu()
+    assert line["score"] == pytest.approx(small_judge.score(samples))
+    assert line["reference_reward"] == pytest.approx(float(small_judge.rewards.mean()), abs=1e-6)
+    assert line["optimum_reward"] == small_judge.optimum_reward
+    cpu = [point[1] for point in line["curve"]]
+    assert 0 < cpu[0] < cpu[1] < cpu[2] == line["cpu_seconds"]
+    assert all(point[4] is None for point in line["curve"]), "no proxy"
+    assert work(job, tmp_path) == line, "a finished directory is read"
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, small_judge, monkeypatch):
+    job, real = Job("few", "", "hil-dd", 1), jobs_module.align
+    whole = work(job, tmp_path / "whole")
+    monkeypatch.setattr("prefenv.runs._SAVE_SECONDS", 0.0)
+
+    def stopped(config, folder, judge, callback):
+        def after(agent, values):
+            callback(agent, values)
+            if agent.rounds == 2:
+                raise KeyboardInterrupt
+
+        return real(config, folder, judge=judge, callback=after)
+
+    monkeypatch.setattr(jobs_module, "align", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        work(job, tmp_path / "cut")
+    monkeypatch.setattr(jobs_module, "align", real)
+    resumed = work(job, tmp_path / "cut")
+    assert [p[0] for p in resumed["curve"]] == [4, 8, 12]
+    assert [p[2:] for p in resumed["curve"]] == [p[2:] for p in whole["curve"]]
+    for key in whole.keys() - {"curve", *TIMES}:
+        assert resumed[key] == whole[key], key
+
+
+# Engines
+
+JOBS = [Job("few", "", name, seed) for seed in (0, 1) for name in ("ppo", "pfm", "kto")]
+
+
+def note(folder, job):
+    """Leave a mark for every try, and say how many there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tries = len(list(folder.glob(f"{job.agent}-{job.seed}-*")))
+    (folder / f"{job.agent}-{job.seed}-{time.time_ns()}").touch()
+    return tries
+
+
+def quiet(job, folder):
+    return {**job.head(), "try": note(folder, job)}
+
+
+def dies(job, folder):
+    """``pfm`` kills its process at the first try, ``kto`` of seed 1 always."""
+    tries = note(folder, job)
+    if (job.agent == "pfm" and not tries) or (job.agent, job.seed) == ("kto", 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {**job.head(), "try": tries}
+
+
+def events(engine, what, folder, workers=2):
+    began, lines = collections.Counter(), {}
+    for job, line in engine(functools.partial(what, folder=folder), JOBS, workers):
+        if line is None:
+            began[job] += 1
+        else:
+            assert job not in lines, "each once"
+            lines[job] = line
+    assert began == collections.Counter(JOBS)
+    return lines
+
+
+def test_local_engine_does_every_job_once(tmp_path):
+    lines = events(engines.local, quiet, tmp_path)
+    assert lines.keys() == set(JOBS) and not any("error" in x for x in lines.values())
+    assert len(list(tmp_path.iterdir())) == len(JOBS)
+    assert list(engines.local(quiet, [], 2)) == []
+
+
+def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path):
+    lines = events(engines.local, dies, tmp_path, workers=1)
+    assert lines.keys() == set(JOBS)
+    failed = {(j.agent, j.seed): x["error"] for j, x in lines.items() if "error" in x}
+    assert failed.keys() == {("kto", 1)} and "process died" in failed["kto", 1]
+    assert lines[Job("few", "", "pfm", 0)]["try"] == 1, "the second try came back"
+
+
+SLEEPER = """
+import sys, time
+from benchmarks import engines
+from benchmarks.jobs import Job
+import pathlib
+
+def slow(job):
+    pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(engines.local(slow, [Job("few", "", "ppo", 0)], 1))
+"""
+
+
+def test_a_killed_benchmark_leaves_no_worker_behind(tmp_path):
+    script, mark = tmp_path / "sleeper.py", tmp_path / "pid"
+    script.write_text(SLEEPER)
+    # The worker's own argument is the same file, so that both sides know where the mark is.
+    parent = subprocess.Popen([sys.executable, str(script), str(mark)])
+    deadline = time.monotonic() + 60
+    while not (mark.exists() and mark.read_text()):
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.1)
+    worker = int(mark.read_text())
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline, "the worker runs on"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_ray_cluster_of_two_nodes_loses_one_and_no_run(tmp_path):
+    """Real processes: a head and a node that is killed while runs are under way on it."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        node = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        began, lines, where = 0, [], set()
+        for job, line in engines.on_ray(functools.partial(placed, folder=tmp_path), JOBS, None):
+            if line is not None:
+                lines.append((job, line))
+                where.add(line["node"])
+                continue
+            began += 1
+            if began == 4:  # both nodes had a run, and have one
+                cluster.remove_node(node, allow_graceful=False)
+        assert sorted(j.config.name for j, _ in lines) == sorted(j.config.name for j in JOBS)
+        assert not any("error" in line for _, line in lines)
+        tries = collections.Counter(p.name.rsplit("-", 1)[0] for p in tmp_path.iterdir())
+        assert sum(tries.values()) > len(JOBS), "the killed node's run was done again"
+        assert len(where) == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def placed(job, folder):
+    import ray
+
+    note(folder, job)
+    time.sleep(4)
+    return {**job.head(), "node": ray.get_runtime_context().get_node_id()}
+
+
+# Results
+
+
+def line_of(job, **values):
+    return {**job.head(), "score": 0.5, **values}
+
+
+def test_results_are_read_back_and_a_torn_line_is_cut(tmp_path):
+    results = Results(tmp_path)
+    results.add(line_of(JOBS[0]))
+    results.add(line_of(JOBS[1], score=0.7))
+    path = tmp_path / "few.jsonl"
+    path.write_text(path.read_text()[:-20])  # as a kill within a write leaves it
+    again = Results(tmp_path)
+    assert again.finished() == {("few", "", JOBS[0].config.name)}
+    again.add(line_of(JOBS[1], score=0.8))
+    assert [x["score"] for x in Results(tmp_path).lines()] == [0.5, 0.8]
+
+
+def test_tidy_sorts_and_keeps_the_last_line_of_a_run(tmp_path):
+    results = Results(tmp_path)
+    failed = {**JOBS[0].head(), "error": "ValueError: no"}
+    for line in (line_of(JOBS[4]), failed, line_of(JOBS[1]), line_of(JOBS[0], score=0.9)):
+        results.add(line)
+    results.tidy(JOBS)
+    found = Results(tmp_path).lines()
+    assert [(x["agent"], x["seed"]) for x in found] == [("pfm", 0), ("pfm", 1), ("ppo", 0)]
+    assert found[-1]["score"] == 0.9 and not any("error" in x for x in found)
+
+
+def test_only_what_is_missing_or_failed_is_run(tmp_path, monkeypatch):
+    results = Results(tmp_path)
+    results.add(line_of(JOBS[0]))
+    results.add({**JOBS[1].head(), "refused": "needs more"})
+    results.add({**JOBS[2].head(), "error": "ValueError: no"})
+    asked = []
+
+    def engine(what, todo, workers):
+        for job in todo:
+            yield job, None
+            asked.append(job)
+            bad = job.agent == "pfm"
+            yield job, {**job.head(), "error": "x"} if bad else line_of(job)
+
+    monkeypatch.setitem(bench.ENGINES, "local", engine)
+    counts = bench.run_all(JOBS, results, "local", 1, tmp_path)
+    assert asked == JOBS[2:]
+    assert counts == {"done": 3, "refused": 0, "failed": 1, "skipped": 2}
+
+
+def test_command_line_runs_a_suite_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    def engine(what, todo, workers):
+        for job in todo:
+            yield job, None
+            yield job, {**job.head(), "error": "Odd: x"} if job.agent == "kto" else line_of(job)
+
+    monkeypatch.setitem(bench.ENGINES, "local", engine)
+    monkeypatch.setattr(Results, "add_frontiers", lambda self, names: None)
+    arguments = ["bench", "--agents", "ppo", "kto", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "9 runs done" in out and "9 failed" in out and "Odd: x" in out
+    assert "few kto seed 2: Odd: x" in err and "left" in err
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["skipped"] == 9 and told["failed"] == 9, "failed runs are tried again"
+    assert main(["bench", "--agents", "poo", "--out", str(tmp_path)]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_suites():
+    quick, full = list(Bench().jobs()), list(Bench(suite="full").jobs())
+    assert {j.experiment for j in quick} == {"basic", "few", "pairs"}
+    assert {j.seed for j in quick} == {0, 1, 2}
+    assert {j.experiment for j in full} == set(NAMES)
+    for name in ("basic", "few", "pairs"):
+        assert {j.seed for j in full if j.experiment == name} == set(range(10))
+
+
+def test_board_tells_the_state(tmp_path):
+    board = bench.Board(JOBS, JOBS[1:])
+    board.begin(JOBS[1])
+    table = board.table()
+    assert table.row_count == 1 and "pfm s0" in table.caption
+    assert "not known" in board.time_left()
+    board.end(JOBS[1], "failed", {"error": "x"})
+    board.began -= 100
+    assert "0:0" in board.time_left() and board.left == 4
