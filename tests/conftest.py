@@ -51,6 +51,16 @@ def golden():
     return load
 
 
+@pytest.fixture(scope="session")
+def tensors(golden):
+    """``tensors("03_policy_losses")``: golden arrays as tensors, text left out."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        return {k: torch.as_tensor(v) for k, v in golden(name).items() if v.dtype.kind in "fiub"}
+
+    return load
+
+
 def _small_flow(event_shape=(3,), dtype=torch.float32, seed=0, **options) -> RectifiedFlow:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -45,6 +45,11 @@ QUICK: dict[str, tuple[dict, float | None]] = {
 BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo", "nft")
 
 
+def close(got, want, tolerance=1e-9):
+    """Equal to a relative and absolute tolerance, in shape and type too."""
+    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
+
+
 def left(samples):
     return 1 - right(samples)
 

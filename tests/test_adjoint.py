@@ -6,25 +6,12 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, gaussian, noises, probe_agent, same, share, silent, weights
+from probes import ROWS, close, gaussian, noises, probe_agent, same, share, silent, weights
 
 from agents.adjoint import adjoint_loss, lean_adjoint
 from prefenv.kernels import Affine, Kernel
 from prefenv.policy import FlowPolicy, collect
 from prefenv.testing.probe import ProbeVelocity
-
-
-@pytest.fixture
-def tensors(golden):
-    def load(name):
-        return {k: torch.as_tensor(v) for k, v in golden(name).items() if v.dtype.kind in "fi"}
-
-    return load
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
-
 
 # The paper's memoryless steps
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from probes import close
 
 from agents.adjoint import adjoint_loss, lean_adjoint
 from prefenv.kernels import Affine
-
-
-@pytest.fixture
-def tensors(golden):
-    def load(name):
-        return {k: torch.as_tensor(v) for k, v in golden(name).items() if v.dtype.kind in "fi"}
-
-    return load
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture

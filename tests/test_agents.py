@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from probes import ROWS, constant, left, noises, probe_agent, same, share, weights
+from probes import ROWS, close, constant, left, noises, probe_agent, same, share, weights
 
 from agents.d3po import d3po_loss, preferred_pairs
 from agents.hil_dd import barrier_weight, choice_labels, listwise_loss
@@ -17,20 +17,6 @@ from agents.ppo import advantages, gaussian_kl, ppo_loss
 from prefenv.errors import ConfigError
 from prefenv.policy import Rollout, collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
-
-
-@pytest.fixture
-def tensors(golden):
-    """Golden arrays as tensors, text left out."""
-
-    def load(name):
-        return {k: torch.as_tensor(v) for k, v in golden(name).items() if v.dtype.kind in "fiub"}
-
-    return load
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def a_rollout(samples, judgement, panel_size=4):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, silent, weights
+from probes import ROWS, close, noises, probe_agent, silent, weights
 
 from agents.awm import awm_log_prob, awm_loss, velocity_distance
 from prefenv.matching import matching_error
@@ -21,10 +21,6 @@ def awm(golden):
     g = {k: torch.as_tensor(v) for k, v in golden("04d_awm").items() if v.dtype.kind in "fiub"}
     ours = {k: -g[k] for k in ("v_theta", "v_old", "v_ref", "v_ema")}
     return {**g, **ours, "t": 1 - g["t"], "target": g["x0"] - g["noise"]}
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def stand_in(g, velocity, weighting):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, silent
+from probes import ROWS, close, noises, probe_agent, silent
 
 from agents.dgpo import dgpo_loss, moved_enough
 from agents.flow_dpo import dpo_loss, dpo_margin
@@ -24,10 +24,6 @@ def dgpo(golden):
         **{k: -g[k] for k in ("v_theta", "v_old", "v_ref")},
         "target": g["x0"] - g["noise"],
     }
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def panels(g, values):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, constant, gaussian, noises, probe_agent, share
+from probes import ROWS, close, constant, gaussian, noises, probe_agent, share
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from agents.dpok import Value, dpok_loss
@@ -18,12 +18,8 @@ from prefenv.testing.probe import ProbeVelocity, right
 
 
 @pytest.fixture
-def g(golden):
-    return {k: torch.as_tensor(v) for k, v in golden("03_policy_losses").items()}
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
+def g(tensors):
+    return tensors("03_policy_losses")
 
 
 # The surrogate

@@ -6,24 +6,12 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, silent
+from probes import ROWS, close, noises, probe_agent, silent
 
 from agents.dspo import dspo_loss
 from agents.flow_dpo import dpo_loss, dpo_margin
 from prefenv.matching import matching_error
 from prefenv.testing.probe import right
-
-
-@pytest.fixture
-def tensors(golden):
-    def load(name):
-        return {k: torch.as_tensor(v) for k, v in golden(name).items() if v.dtype.kind in "fiub"}
-
-    return load
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def halves(values):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, share
+from probes import ROWS, close, noises, probe_agent, share
 from torch.distributions import Independent, Normal, kl_divergence
 
 import agents.grpo
@@ -23,8 +23,8 @@ from prefenv.testing.probe import Probe, ProbeOracle, ProbeVelocity, probe_env
 
 
 @pytest.fixture
-def g(golden):
-    return {k: torch.as_tensor(v) for k, v in golden("03_policy_losses").items()}
+def g(tensors):
+    return tensors("03_policy_losses")
 
 
 @pytest.fixture
@@ -37,10 +37,6 @@ def step(g):
     old = gaussian_log_prob(g["grpo_prev_sample"], g["grpo_mean_old"], wide)
     kl_old = gaussian_kl(mean, g["grpo_mean_old"], wide)
     return mean, std, g["grpo_sqrt_neg_dt"].square().expand(4), log_prob, old, kl_old, g
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
 
 
 def panels_of(prompts, values):

@@ -6,20 +6,15 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, probe_agent, weights
+from probes import ROWS, close, probe_agent, weights
 
 from agents.kto import gain_offset, kto_loss
 from prefenv.matching import matching_error
 
 
 @pytest.fixture
-def g(golden):
-    loaded = golden("04g_dspo_mapo_kto").items()
-    return {k: torch.as_tensor(v) for k, v in loaded if v.dtype.kind in "fiub"}
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def g(tensors):
+    return tensors("04g_dspo_mapo_kto")
 
 
 UTILITIES = {

@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from probes import ROWS, probe_agent
+from probes import ROWS, close, probe_agent
 
 from agents.mapo import likelihood_proxy, mapo_loss
 from prefenv.matching import matching_error
 
 
 @pytest.fixture
-def g(golden):
-    loaded = golden("04g_dspo_mapo_kto").items()
-    return {k: torch.as_tensor(v) for k, v in loaded if v.dtype.kind in "fiub"}
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+def g(tensors):
+    return tensors("04g_dspo_mapo_kto")
 
 
 def test_loss_and_gradient_match_golden(g):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, same, share, silent, weights
+from probes import ROWS, close, noises, probe_agent, same, share, silent, weights
 
 from agents.nft import nft_loss, old_decay, optimality
 from prefenv.matching import matching_error
@@ -15,10 +15,6 @@ def nft(golden):
     """Golden arrays in our convention: t = 1 - sigma, velocities turned round."""
     g = {k: torch.as_tensor(v) for k, v in golden("04c_diffusion_nft").items()}
     return {**g, **{k: -g[k] for k in ("v_theta", "v_old", "v_ref")}, "t": 1 - g["t"]}
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, torch.as_tensor(want), rtol=tolerance, atol=tolerance)
 
 
 # The public modes act on clipped advantages, before they are divided by the clip.

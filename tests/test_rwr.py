@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from probes import ROWS, noises, probe_agent, silent, weights
+from probes import ROWS, close, noises, probe_agent, silent, weights
 
 from agents.rwr import reward_weights, rwr_loss
 from prefenv.matching import matching_error
@@ -19,10 +19,6 @@ def orw(golden):
     return {
         k: torch.as_tensor(v) for k, v in golden("04f_orw_cfm_w2").items() if v.dtype.kind in "fiub"
     }
-
-
-def close(got, want, tolerance=1e-9):
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def parts(g, kind):
