@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from prefenv.networks import GaussianVelocity, VelocityField, VelocityMLP
+from prefenv.networks import DataPrediction, GaussianVelocity, VelocityField, VelocityMLP
 
 TIMES = torch.tensor([0.0, 0.25, 0.5, 0.999])
 
 
-@pytest.fixture(params=[0, 3], ids=["unconditional", "3 classes"])
+@pytest.fixture(params=[(0, False), (3, False), (3, True)], ids=["plain", "3 classes", "data"])
 def case(request, small_flow):
     """A field, points ``(5, 3, 2)``, and the condition of each row."""
-    field = small_flow((3, 2), classes=request.param).field
-    return field, torch.randn(5, 3, 2), torch.randint(3, (5,)) if request.param else None
+    classes, data = request.param
+    field = small_flow((3, 2), classes=classes).field
+    if data:
+        field = DataPrediction(field, 0.1)
+    return field, torch.randn(5, 3, 2), torch.randint(3, (5,)) if classes else None
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -150,3 +153,22 @@ def test_cuda_agrees_with_cpu(case):
     both = field(x.cuda(), TIMES[1].cuda(), there), field.at(TIMES.cuda(), there)[1](x.cuda())
     for out in both:
         torch.testing.assert_close(out.cpu(), here, rtol=1e-4, atol=1e-5)
+
+
+def test_data_prediction_of_the_expected_sample_is_the_exact_velocity():
+    """N(m, s^2): ``E[x1 | x_t = x] = m + t s^2 (x - t m) / ((1 - t)^2 + t^2 s^2)``."""
+    mean, std = torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0])
+
+    class Expected(VelocityField):
+        def forward(self, x, t, condition=None):
+            t = t.reshape(-1, 1)
+            gain = t * std**2 / ((1 - t) ** 2 + (t * std) ** 2)
+            return mean + gain * (x - t * mean)
+
+    x, t = torch.randn(64, 2), torch.rand(64) * 0.9
+    got = DataPrediction(Expected((2,)), closest=0.05)(x, t)
+    torch.testing.assert_close(got, GaussianVelocity(mean, std, (2,))(x, t), rtol=1e-4, atol=1e-4)
+    late = DataPrediction(Expected((2,)), closest=0.5)
+    torch.testing.assert_close(
+        late(x, torch.tensor(0.9)), (Expected((2,))(x, torch.tensor(0.9)) - x) / 0.5
+    )

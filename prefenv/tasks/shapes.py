@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from prefenv.device import stratified_uniform
 from prefenv.errors import ConfigError
+from prefenv.networks import DataPrediction, VelocityField
 from prefenv.tasks.base import Task
 
 ROLL, S_CURVE = 0, 1
@@ -75,6 +77,8 @@ class Shapes(Task):
         noise: Standard deviation of the point noise per coordinate.
         turn: Largest rotation in rad.
         scale: Smallest and largest scale.
+        predict: What the network says: ``velocity``, or ``data`` (``DataPrediction``: for more points than half its
+            width).
     """
 
     name: str = "shapes"
@@ -88,16 +92,23 @@ class Shapes(Task):
     noise: float = 0.03
     turn: float = 0.4
     scale: tuple[float, float] = (0.8, 1.2)
+    predict: Literal["velocity", "data"] = "velocity"
 
     def __post_init__(self) -> None:
         if not isinstance(self.points, int) or self.points < 8:
             raise ConfigError(f"shapes: points must be a whole number from 8, not {self.points!r}")
         if not 0 <= self.s_rate <= 1:
             raise ConfigError(f"shapes: s_rate must lie in [0, 1], not {self.s_rate!r}")
+        if self.predict not in ("velocity", "data"):
+            raise ConfigError(f"shapes: predict must be velocity or data, not {self.predict!r}")
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         return (self.points, 2)
+
+    def network(self) -> VelocityField:
+        plain = super().network()
+        return DataPrediction(plain) if self.predict == "data" else plain
 
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         kind = (stratified_uniform(n, generator) < self.s_rate).long()
