@@ -112,7 +112,7 @@ class LearnedReward(Agent):
         """How often each sample of the pool's first part is among ``samples``, ``(pool,)``."""
         return sum(((self.pool[0] == x).flatten(1).all(1).float() for x in samples), self.times * 0)
 
-    def collect(self, pending: Sequence[Rollout] = ()) -> Rollout:
+    def ask(self, pending: Sequence[Rollout] = ()) -> Rollout:
         """Ask; no episode is played."""
         picked = self.question(pending)
         path = torch.stack([self.noise(0)[picked], self.pool[0][picked]])
@@ -122,7 +122,7 @@ class LearnedReward(Agent):
 
     def round(self) -> tuple[Tensor, Metrics]:
         """Ask, and learn from all answers so far."""
-        rollout = self.collect() if self.feed is None else self.feed(self.rounds)
+        rollout = self.ask() if self.feed is None else self.feed(self.rounds)
         if not self.size:
             self.grow()
         self.prepare()

@@ -139,10 +139,10 @@ class Agent:
 
     @property
     def ahead(self) -> bool:
-        """Whether it may be asked on while it still learns: what it asks about are samples of the reference."""
-        return self.offline
+        """Whether it may be asked on while it still learns: it is offline, and leaves the loop to ``round``."""
+        return self.offline and type(self).round is Agent.round
 
-    def collect(self, pending: Sequence[Rollout] = ()) -> Rollout:
+    def ask(self, pending: Sequence[Rollout] = ()) -> Rollout:
         """Play one round of ``env.num_envs`` judged samples.
 
         Args:
@@ -160,7 +160,7 @@ class Agent:
         Returns:
             The judgements ``(num_envs,)``, NaN = no answer, and what should be logged.
         """
-        rollout = self.collect() if self.feed is None else self.feed(self.rounds)
+        rollout = self.ask() if self.feed is None else self.feed(self.rounds)
         return rollout.judgement, self.update(rollout)
 
     def chain(self) -> list[RectifiedFlow]:

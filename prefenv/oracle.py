@@ -42,7 +42,7 @@ class Oracle:
         """Judge panels ``(m, K, *event_shape)``; returns ``(m, K)``, NaN = no answer."""
         raise NotImplementedError
 
-    def publish(self, agent: Any, metrics: dict[str, float]) -> None:  # noqa: B027
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
         """Show those who answer how far an agent is; a run calls it at its start and after every round."""
 
 

@@ -2,9 +2,10 @@
 
     round n   is asked by the agent as it was after n - ahead rounds, while the rounds between them are pending
 
-An agent can be asked so where what it asks about are samples of the reference (``Agent.ahead``): they are the same
-whatever it has learned, and who chooses among them (``learned-reward``) chooses by the answers of ``ahead`` rounds
-before, knowing what is pending. One that asks about its own newest samples has to learn first.
+An agent can be asked so (``Agent.ahead``) where it learns from samples of the reference too: most ask about no
+others, and then it makes no difference. ``learned-reward`` chooses among them by the answers of ``ahead`` rounds
+before, knowing what is pending; ``d3po`` makes them with its model of then. One that must ask about its own newest
+samples has to learn first.
 
 Nothing depends on who is quicker, the people or the learning. A round's random numbers are seeded by its number
 and are apart from those of learning, so the answers alone decide the state here too.
@@ -42,7 +43,7 @@ class Ahead(Course):
     def __init__(self, ahead: int, agent: Agent, *course: Any):
         if not agent.ahead:
             raise ConfigError(
-                f"{agent.name} asks about its own newest samples, so it must learn before it asks on: leave ahead=0"
+                f"{agent.name} asks about its own newest samples, so it must learn before it asks on: ahead=0"
             )
         self.ahead = ahead
         self.queue: list[tuple[Asked, Rollout]] = []
@@ -83,7 +84,7 @@ class Ahead(Course):
             generator.set_state(fresh.get_state())
         self.person.away = True
         try:
-            rollout = agent.collect([rollout for _, rollout in self.queue])
+            rollout = agent.ask([rollout for _, rollout in self.queue])
         finally:
             self.person.away = False
             for generator, state in zip(generators, kept, strict=True):
@@ -107,9 +108,7 @@ def _pack(asked: Asked, rollout: Rollout) -> dict[str, Any]:
 
 
 def _unpack(entry: dict[str, Any], device: Any) -> tuple[Asked, Rollout]:
-    kept = {
-        k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry["rollout"].items()
-    }
+    kept = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in entry["rollout"].items()}
     rollout = Rollout(**kept)
     x, noise = rollout.panels(rollout.samples), rollout.panels(rollout.noise)
     return Asked(x=x, noise=noise, **entry["asked"]), rollout
