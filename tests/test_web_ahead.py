@@ -136,7 +136,7 @@ def store_value(points, folder, name):
 
 
 def test_one_that_must_learn_first_says_so(tmp_path):
-    config = replace(CONFIG, agent="people:HeldAWM:updates=2")
+    config = replace(CONFIG, agent="people:HeldAWM")
     playing = Playing(config, tmp_path, rounds=2)
     ann = Person(playing.link)
     first = ann.wait(60)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from people import oracle, samples
+from people import Held, Playing, oracle, samples
 
 from prefenv.feedback import FeedbackStore, Retraction
+from prefenv.play import PlayConfig
 
 pytest.importorskip("selenium", reason="selenium drives the browser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -27,16 +26,9 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1150,800",
 )  # fmt: skip
 SHOTS = os.environ.get("PREFENV_SHOTS")  # a folder to put pictures of the page into
-CONFIG = {
-    "agent": "learned-reward:pool=256,anchors=16,growth=1,updates=40",
-    "task": "shapes",
-    "panel_size": 4,
-    "seed": 100,
-    "steps": 8,
-    "checkpoint": None,
-    "device": "cpu",
-    "none_teaches": False,
-}
+CONFIG = PlayConfig(
+    agent="learned-reward:pool=256,anchors=16,growth=1,updates=40", seed=100, steps=8, device="cpu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,31 +100,17 @@ class Page:
 @pytest.fixture
 def episode(tmp_path, monkeypatch):
     """Starts an episode of so many rounds in a thread; returns its link and where its summary comes."""
-    from oracles.web import play as module
+    monkeypatch.setattr("oracles.web.play.LINGER", 3.0)
+    started = []
 
-    torch.set_num_threads(1)
-    threads = []
-
-    def start(rounds, **settings):
-        links, result = [], []
-        out = SimpleNamespace(write=links.append, flush=lambda: None)
-        arguments = {"port": 0, "rounds": rounds, **settings}
-        thread = threading.Thread(
-            target=lambda: result.append(
-                module.play(SimpleNamespace(**CONFIG), tmp_path, out, **arguments)
-            )
-        )
-        monkeypatch.setattr(module, "LINGER", 3.0)
-        thread.daemon = True
-        thread.start()
-        threads.append(thread)
-        while not links:
-            time.sleep(0.01)
-        return next(w for w in links[0].split() if w.startswith("http")), thread, result
+    def start(rounds, config=CONFIG, **settings):
+        playing = Playing(config, tmp_path, rounds=rounds, **settings)
+        started.append(playing)
+        return playing.link, playing.thread, playing.result
 
     yield start
-    for thread in threads:
-        thread.join(20)
+    for playing in started:
+        playing.thread.join(20)
 
 
 def shown(folder):
