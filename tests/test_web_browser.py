@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from people import Held, Playing, oracle, samples
 
 from prefenv.feedback import FeedbackStore, Retraction
@@ -199,6 +199,42 @@ def test_an_episode_by_mouse(chromium, episode, tmp_path):
         assert {j.annotator for j in store.judgements()} == {"bob"} and len(store.judgements()) == 8
         assert all(0 < j.seconds < 60 for j in store.judgements())
         assert sum(isinstance(e, Retraction) for e in store.history()) == 1
+
+
+def test_a_person_answers_while_the_model_learns(chromium, episode, tmp_path):
+    Held.hold()
+    agent = CONFIG.agent.replace("learned-reward", "people:HeldReward")
+    link, thread, result = episode(3, replace(CONFIG, agent=agent))
+    try:
+        page = Page(chromium, link)
+        page.name("ann")
+        page.asked()
+        page.press("1", "\ue007")
+        page.said("Kept: 1.")
+        assert Held.began.wait(60)
+        page.asked()
+        page.until(lambda: "0, learning" in page.text("#facts"), "says that it learns")
+        page.shot("learning")
+        page.press("2", "\ue007")
+        page.said("Kept: 2.")
+        page.asked("Learning; the next questions come in a moment")
+        page.shot("moment")
+        page.press("u")
+        page.said("Taken back.")
+        page.asked()
+        page.press("3", "\ue007")
+        page.said("Kept: 3.")
+        assert not Held.may.is_set(), "the first round is still being learned from"
+    finally:
+        Held.may.set()
+    page.asked()
+    page.until(lambda: "learning" not in page.text("#facts"), "has learned")
+    page.shot("learned")
+    page.press("4", "\ue007")
+    page.asked("All done")
+    assert page.log() == []
+    thread.join(60)
+    assert shown(tmp_path) == [[1], [3], [4]] and result[0]["rounds"] == 3
 
 
 def test_reload_and_restart_go_on_where_they_were(chromium, tmp_path):

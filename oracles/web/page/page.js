@@ -109,7 +109,7 @@ function show(next, note) {
   $("cards").style.setProperty("--narrow", String(count === 1 ? 1 : 2));
   $("title").textContent = next
     ? (count === 1 ? "Do you like this one?" : `Which of these ${count} do you like?`)
-    : { done: "All done. Thank you!", learning: "The model is learning from your answers. The next questions come in a moment …" }[board.phase] || "No question for you just now …";
+    : { done: "All done. Thank you!", learning: "Learning; the next questions come in a moment …" }[board.phase] || "No question for you just now …";
   if (note) say(note);
   drawCards();
   if (focused >= 0 && next) $("cards").children[Math.min(focused, count - 1)].focus();
