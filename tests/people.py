@@ -16,9 +16,15 @@ from agents.hil_dd import HilDD
 from agents.learned_reward import LearnedReward
 from oracles.web import WebOracle
 from oracles.web.play import play
+from prefenv.feedback import Judgement
+from prefenv.play.ahead import make_course
 from prefenv.tasks.shapes import Shapes
 
 TASK = Shapes()
+HELD = (  # agents that learn as slowly as a test wants
+    "people:HeldHilDD:lr=1e-3,data_batch=16,updates=2",
+    "people:HeldReward:pool=256,anchors=16,growth=1,updates=10,tolerance=0.0",
+)
 
 
 def samples(m, k=2, seed=0):
@@ -151,3 +157,29 @@ class Playing:
         self.thread.join(60)
         (summary,) = self.result
         return summary
+
+
+def weights(agent):
+    return torch.cat([p.detach().flatten() for p in agent.model.parameters()])
+
+
+def rounds_of(folder):
+    return [
+        tuple(Judgement(*answer) for answer in answers)
+        for answers in json.loads((folder / "web" / "rounds.json").read_text())
+    ]
+
+
+def same_as_without_a_page(config, folder, ahead=1, scratch=None):
+    """The model that was learned behind the page, which must be that of the same answers one after the other."""
+    rounds = rounds_of(folder)
+    course = make_course(config, folder / "web", ahead=ahead)
+    assert course._path(rounds).exists(), "what the page's agent learned is kept"
+    course.rebuild(rounds)
+    alone = make_course(config, scratch or folder / "alone", ahead=ahead)
+    before = weights(alone.agent)
+    for answers in rounds:
+        alone.play(answers)
+    assert torch.equal(weights(course.agent), weights(alone.agent))
+    assert not torch.equal(weights(course.agent), before), "it did learn"
+    return weights(course.agent)

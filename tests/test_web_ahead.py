@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from people import Held, Person, Playing
+from people import HELD, Held, Person, Playing, rounds_of, same_as_without_a_page
 
 from prefenv.errors import ConfigError
-from prefenv.feedback import FeedbackStore, Judgement, Panel, model_hash, sample_id
+from prefenv.feedback import FeedbackStore, Panel, model_hash, sample_id
 from prefenv.play import PlayConfig
 from prefenv.play.ahead import make_course
 
 pytest.importorskip("uvicorn")
-REWARD = "pool=256,anchors=16,growth=1,updates=10,tolerance=0.0"
-REFERENCE = ("hil-dd:lr=1e-3,data_batch=16,updates=2", f"learned-reward:{REWARD}")
-HELD = ("people:HeldHilDD:lr=1e-3,data_batch=16,updates=2", f"people:HeldReward:{REWARD}")
 CONFIG = PlayConfig(panel_size=2, seed=100, steps=4, device="cpu")
 
 
@@ -35,32 +31,6 @@ def began():
     """Wait until the agent has begun to learn from the next round."""
     assert Held.began.wait(60)
     Held.began.clear()
-
-
-def weights(agent):
-    return torch.cat([p.detach().flatten() for p in agent.model.parameters()])
-
-
-def rounds_of(folder):
-    return [
-        tuple(Judgement(*answer) for answer in answers)
-        for answers in json.loads((folder / "web" / "rounds.json").read_text())
-    ]
-
-
-def same_as_without_a_page(config, folder, ahead=1, scratch=None):
-    """The model that was learned behind the page, which must be that of the same answers one after the other."""
-    rounds = rounds_of(folder)
-    course = make_course(config, folder / "web", ahead=ahead)
-    assert course._path(rounds).exists(), "what the page's agent learned is kept"
-    course.rebuild(rounds)
-    alone = make_course(config, scratch or folder / "alone", ahead=ahead)
-    before = weights(alone.agent)
-    for answers in rounds:
-        alone.play(answers)
-    assert torch.equal(weights(course.agent), weights(alone.agent))
-    assert not torch.equal(weights(course.agent), before), "it did learn"
-    return weights(course.agent)
 
 
 @pytest.mark.parametrize("agent", HELD)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from people import TASK, Person, Playing, samples
+from people import TASK, Person, Playing, samples, weights
 
 from oracles.web import WebOracle
 from oracles.web.play import Party
@@ -20,7 +20,9 @@ from oracles.web.security import secret
 from prefenv.cli import main
 from prefenv.feedback import FeedbackStore
 from prefenv.flow import RectifiedFlow
+from prefenv.packing import unpack
 from prefenv.play import PlayConfig
+from prefenv.runs import RunConfig, align
 from prefenv.testing.probe import Probe
 
 pytest.importorskip("uvicorn")
@@ -60,10 +62,6 @@ class Answering:
 def party(folder, config=CONFIG, **settings):
     web = WebOracle(TASK, str(folder / "feedback.sqlite"), port=0)
     return web, Party(web, config, folder, **settings)
-
-
-def weights(agent):
-    return torch.cat([p.detach().flatten() for p in agent.model.parameters()])
 
 
 def test_the_same_answers_make_the_same_model_through_restarts_and_undo(tmp_path):
@@ -171,6 +169,42 @@ def test_several_annotators_play_an_episode(tmp_path, monkeypatch):
     assert len(state["pictures"]["A"]) == len(state["pictures"]["B"]) == 6
     for person in people:
         person.close()
+
+
+def test_a_run_shows_both_models_on_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("oracles.web.board.SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    people = tmp_path / "people"
+    web = f"web:path={people}/feedback.sqlite,port={port}"
+    run = RunConfig("hil-dd:lr=1e-2,data_batch=16", web, queries=16, rows=8, steps=4, device="cpu")
+    thread = threading.Thread(target=align, args=(run, tmp_path / "web"))
+    people.mkdir()
+    ann = Person(f"http://127.0.0.1:{port}/#{secret(people / 'feedback.token')}")
+    thread.start()
+    pictures = {}
+    for _ in range(4):
+        question, until = None, time.monotonic() + 60
+        while question is None:
+            assert time.monotonic() < until
+            try:
+                question = ann.next()
+            except (OSError, HTTPException):
+                ann.close()
+            time.sleep(0.02)
+        state = ann.post("state")
+        pictures[state["rounds"]] = state["pictures"]
+        ann.answer(question, liked(question))
+    thread.join(60)
+    ann.close()
+    assert pictures.keys() == {0, 1}
+    assert len(pictures[0]["A"]) == 6 and pictures[0]["A"] == pictures[0]["B"], "from the first on"
+    assert pictures[1]["A"] == pictures[0]["A"] and pictures[1]["B"] != pictures[0]["B"]
+    again = replace(run, oracle=f"replay:path={people}/feedback.sqlite")
+    align(again, tmp_path / "replay")
+    one, two = (unpack(tmp_path / n / "model.safetensors") for n in ("web", "replay"))
+    assert plain(one["parts"]) == plain(two["parts"]), "looking at it changes nothing"
+    assert {**one["ledger"], "seconds": 0} == {**two["ledger"], "seconds": 0}
 
 
 # Labelling samples that lie ready
