@@ -123,6 +123,8 @@ def test_a_choice_made_ahead_is_one_round_stale_and_no_more(tmp_path):
     (first,), (second,) = played(late, 1), played(now, 1)
     assert first == second, "before any answer they ask alike"
     stale, fresh = late.ask()
+    asked = [{sample_id(x) for x in q.x[0]} for q in (stale, fresh)]
+    assert set(first[0]).isdisjoint(asked[0] | asked[1]) and asked[0].isdisjoint(asked[1])
     other = course_of(tmp_path / "other", ahead=1)
     asked = other.ask()[0]
     answer = tuple(Judgement(j.samples, j.scores[::-1]) for j in liked(asked))

@@ -66,8 +66,7 @@ def test_a_question_is_open_before_the_learning_of_the_last_round_has_ended(agen
         torch.testing.assert_close(made[0], torch.tensor(origin[2].x))
 
 
-@pytest.mark.parametrize("agent", HELD)
-@pytest.mark.parametrize("meanwhile", [0, 1])
+@pytest.mark.parametrize("agent,meanwhile", list(zip(HELD, (1, 0), strict=True)))
 def test_an_answer_that_is_being_learned_from_is_taken_back(agent, meanwhile, tmp_path):
     config = replace(CONFIG, agent=agent)
     playing = Playing(config, tmp_path / "web", rounds=2)

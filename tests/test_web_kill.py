@@ -164,6 +164,7 @@ def test_kill_9_under_load(tmp_path, kills=50):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", HELD)
 def test_kill_9_while_the_agent_learns(agent, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
