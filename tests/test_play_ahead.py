@@ -94,8 +94,10 @@ def test_every_agent_that_can_be_asked_ahead_learns_and_goes_on_exactly(name, tm
 @pytest.mark.parametrize("agent", OWN)
 def test_where_model_A_is_asked_about_it_makes_no_difference_how_far_ahead(agent, tmp_path):
     one, three = (course_of(tmp_path / str(n), agent, n) for n in (1, 3))
-    assert played(one, 4) == played(three, 4)
+    questions = played(one, 4)
+    assert questions == played(three, 4)
     assert torch.equal(weights(one), weights(three))
+    assert len({name for ((*names,),) in questions for name in names}) == 16, "all are new"
 
 
 def test_what_is_pending_counts_as_asked():
