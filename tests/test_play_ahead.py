@@ -135,6 +135,13 @@ def test_a_choice_made_ahead_is_one_round_stale_and_no_more(tmp_path):
     assert not torch.equal(other.ask()[1].x, fresh.x), "and this one after it"
 
 
+def test_an_agent_that_asks_more_than_the_panels_of_its_round_is_refused(tmp_path):
+    course = course_of(tmp_path, ahead=0)
+    course.agent.round = lambda: course.agent.env.judge(torch.zeros(8, 2))
+    with pytest.raises(ConfigError, match="does not ask 1 panels at once"):
+        course.ask()
+
+
 def test_answers_to_other_questions_are_refused(tmp_path):
     course = course_of(tmp_path)
     before = [asked.x for asked in course.ask()]
