@@ -14,7 +14,8 @@ Christiano et al. 2017 (arXiv 1706.03741).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from agents.reward_model import (
     PLAIN,
     Belief,
     choose,
+    condition,
     fit,
     graph_factors,
     kmeans,
@@ -33,6 +35,7 @@ from agents.reward_model import (
 )
 from prefenv.agent import Agent, Metrics
 from prefenv.device import make_generator, stratified_uniform
+from prefenv.policy import Rollout
 
 
 def _effective(weight: Tensor) -> float:
@@ -89,22 +92,45 @@ class LearnedReward(Agent):
         self.pool: list[Tensor] = []
         self.mixtures: list[Tensor] = []
 
-    def question(self) -> Tensor:
-        """The samples of the pool's first part that are worth asking about next, ``(num_envs,)`` indices."""
+    ahead: ClassVar[bool] = True  # the pool is the reference's
+
+    def question(self, pending: Sequence[Rollout] = ()) -> Tensor:
+        """The samples of the pool's first part that are worth asking about next, ``(num_envs,)`` indices.
+
+        Of those that are pending no answer is known, but how much it will tell is.
+        """
         if not self.size:
             self.grow()
-        belief = self.believe()
-        return choose(belief, self.mixtures[0], self.distance, self.times, self.env.num_envs)
+        belief, times = self.believe(), self.times
+        for rollout in pending:
+            z = rebuild(rollout.samples.flatten(1), self.anchors)
+            belief = replace(belief, covariance=condition(belief.covariance, z, belief.noise))
+            times = times + self.asked(rollout.samples)
+        return choose(belief, self.mixtures[0], self.distance, times, self.env.num_envs)
+
+    def asked(self, samples: Tensor) -> Tensor:
+        """How often each sample of the pool's first part is among ``samples``, ``(pool,)``."""
+        return sum(((self.pool[0] == x).flatten(1).all(1).float() for x in samples), self.times * 0)
+
+    def ask(self, pending: Sequence[Rollout] = ()) -> Rollout:
+        """Ask; no episode is played."""
+        picked = self.question(pending)
+        path = torch.stack([self.noise(0)[picked], self.pool[0][picked]])
+        judgement = self.env.judge(path[1], path[0])
+        reward, log_prob = judgement.nan_to_num(0.0), path.new_zeros(1, len(picked))
+        return Rollout(path, log_prob, judgement, reward, self.env.panel_size)
 
     def round(self) -> tuple[Tensor, Metrics]:
-        """Ask, and learn from all answers so far; no episode is played."""
-        picked = self.question()
-        judgement = self.env.judge(samples := self.pool[0][picked], self.noise(0)[picked])
-        answered = ~judgement.isnan()
-        self.times = self.times + torch.bincount(picked, minlength=len(self.times))
-        self.shown = torch.cat([self.shown, samples[answered]])
-        self.answers = torch.cat([self.answers, judgement[answered]])
-        return judgement, self.improve()
+        """Ask, and learn from all answers so far."""
+        rollout = self.ask() if self.feed is None else self.feed(self.rounds)
+        if not self.size:
+            self.grow()
+        self.prepare()
+        answered = ~rollout.judgement.isnan()
+        self.times = self.times + self.asked(rollout.samples)
+        self.shown = torch.cat([self.shown, rollout.samples[answered]])
+        self.answers = torch.cat([self.answers, rollout.judgement[answered]])
+        return rollout.judgement, self.improve()
 
     def improve(self) -> Metrics:
         """Train the model again if the answers so far have moved the tilt."""

@@ -203,6 +203,14 @@ def fit(
     return Belief(centre + unit * mean, unit**2 * covariance, unit**2 * float(level), meant, weight)
 
 
+def condition(covariance: Tensor, z: Tensor, noise: float) -> Tensor:
+    """A covariance ``(m, m)`` after answers to samples of mixtures ``z`` ``(n, m)``, whatever they are."""
+    for row in z:
+        column = covariance @ row
+        covariance = covariance - torch.outer(column, column) / (row @ column + noise)
+    return covariance
+
+
 def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int) -> Tensor:
     """Which samples to ask about, ``(count,)``: those whose answers leave the least variance at the anchors.
 
@@ -224,6 +232,5 @@ def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int)
         pick = int((square[:, anchor] + far * times).argmin())
         chosen.append(pick)
         times[pick] += 1
-        column = c @ z[pick]
-        c = c - torch.outer(column, column) / (z[pick] @ column + belief.noise)
+        c = condition(c, z[pick : pick + 1], belief.noise)
     return torch.tensor(chosen, device=z.device)

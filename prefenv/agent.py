@@ -11,7 +11,7 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,6 +137,19 @@ class Agent:
         """Whether it can learn from samples of the reference that were judged elsewhere: it asks of no others."""
         return self.behaviour().flow is self.reference
 
+    @property
+    def ahead(self) -> bool:
+        """Whether it may be asked on while it still learns: it is offline, and leaves the loop to ``round``."""
+        return self.offline and type(self).round is Agent.round
+
+    def ask(self, pending: Sequence[Rollout] = ()) -> Rollout:
+        """Play one round of ``env.num_envs`` judged samples.
+
+        Args:
+            pending: Rounds that were asked and not yet learned from, for agents that choose what they ask.
+        """
+        return collect(self.env, self.behaviour(), gradient=self.requires.gradient)
+
     def update(self, rollout: Rollout) -> Metrics:
         """Learn from one judged round; returns what should be logged."""
         raise NotImplementedError
@@ -147,10 +160,7 @@ class Agent:
         Returns:
             The judgements ``(num_envs,)``, NaN = no answer, and what should be logged.
         """
-        if self.feed is not None:
-            rollout = self.feed(self.rounds)
-        else:
-            rollout = collect(self.env, self.behaviour(), gradient=self.requires.gradient)
+        rollout = self.ask() if self.feed is None else self.feed(self.rounds)
         return rollout.judgement, self.update(rollout)
 
     def chain(self) -> list[RectifiedFlow]:

@@ -7,7 +7,7 @@ NaN where there was no answer: a rating, 1 for the chosen and 0 for the rest, eq
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class Oracle:
     def judge(self, panels: Tensor) -> Tensor:
         """Judge panels ``(m, K, *event_shape)``; returns ``(m, K)``, NaN = no answer."""
         raise NotImplementedError
+
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
+        """Show those who answer how far an agent is; a run calls it at its start and after every round."""
 
 
 class ScriptedOracle(Oracle):
@@ -155,6 +158,10 @@ class Desk:
     def _fits(self, k: int) -> None:
         if self._oracle.panel_size not in (None, k):
             raise ConfigError(f"this oracle judges panels of {self._oracle.panel_size}, not of {k}")
+
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
+        """See ``Oracle.publish``; nothing is asked, and nothing booked."""
+        self._oracle.publish(agent, metrics)
 
     @torch.no_grad()
     def judge(self, panels: Tensor) -> Tensor:

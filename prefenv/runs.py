@@ -215,12 +215,14 @@ def align(
                 log.flush()
                 write_atomic(state, pack(agent.state()))
                 saved = time.monotonic()
+            agent.env.desk.publish(agent, values)
             return callback(agent, values) if callback else None
 
         left = config.queries - agent.env.ledger.queries
         if given is not None:
             study(agent, given, progress_bar=progress, callback=after)
         elif left:
+            agent.env.desk.publish(agent, {})
             agent.learn(left, progress_bar=progress, callback=after)
     summary = _summary(config, agent, judge)
     figure = shapes_figure(judge, {parse(config.agent)[0]: agent})

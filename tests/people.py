@@ -1,18 +1,30 @@
-"""People at the annotation page, without a browser."""
+"""People at the annotation page, without a browser; and agents that learn as slowly as a test wants."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import torch
 
+from agents.awm import AWM
+from agents.hil_dd import HilDD
+from agents.learned_reward import LearnedReward
 from oracles.web import WebOracle
+from oracles.web.play import play
+from prefenv.feedback import Judgement
+from prefenv.play.ahead import make_course
 from prefenv.tasks.shapes import Shapes
 
 TASK = Shapes()
+HELD = (  # agents that learn as slowly as a test wants
+    "people:HeldHilDD:lr=1e-3,data_batch=16,updates=2",
+    "people:HeldReward:pool=256,anchors=16,growth=1,updates=10,tolerance=0.0",
+)
 
 
 def samples(m, k=2, seed=0):
@@ -76,3 +88,98 @@ class Person:
 
     def close(self):
         self._connection.close()
+
+
+class Held:
+    """An agent that does not end its learning before it may, so that a test decides what happens meanwhile.
+
+    Attributes:
+        began: Set where it has begun to learn from a round; a test clears it.
+        may: While set, it does not wait.
+    """
+
+    began, may = threading.Event(), threading.Event()
+
+    @classmethod
+    def hold(cls):
+        cls.began.clear()
+        cls.may.clear()
+
+    @classmethod
+    def wait(cls):
+        cls.began.set()
+        assert cls.may.wait(60), "the test lets it wait"
+
+
+class HeldHilDD(HilDD):
+    """An offline agent that waits before it learns."""
+
+    def update(self, rollout):
+        Held.wait()
+        return super().update(rollout)
+
+
+class HeldReward(LearnedReward):
+    """The agent that chooses its questions, and waits before it learns."""
+
+    def improve(self):
+        Held.wait()
+        return super().improve()
+
+
+class HeldAWM(AWM):
+    """An online agent that waits before it learns."""
+
+    def update(self, rollout):
+        Held.wait()
+        return super().update(rollout)
+
+
+class Playing:
+    """``prefenv play --oracle web`` in a thread, until all rounds are played."""
+
+    def __init__(self, config, folder, **settings):
+        self.said, self.result = [], []
+        out = SimpleNamespace(write=self.said.append, flush=lambda: None)
+        settings = {"port": 0, **settings}
+        self.thread = threading.Thread(
+            target=lambda: self.result.append(play(config, folder, out, **settings)), daemon=True
+        )
+        self.thread.start()
+        until = time.monotonic() + 60
+        while not self.said:
+            assert time.monotonic() < until and self.thread.is_alive()
+            time.sleep(0.01)
+        self.link = next(w for w in self.said[0].split() if w.startswith("http"))
+
+    def join(self):
+        """The summary, when it is over."""
+        self.thread.join(60)
+        (summary,) = self.result
+        return summary
+
+
+def weights(agent):
+    return torch.cat([p.detach().flatten() for p in agent.model.parameters()])
+
+
+def rounds_of(folder):
+    return [
+        tuple(Judgement(*answer) for answer in answers)
+        for answers in json.loads((folder / "web" / "rounds.json").read_text())
+    ]
+
+
+def same_as_without_a_page(config, folder, ahead=1, scratch=None):
+    """The model that was learned behind the page, which must be that of the same answers one after the other."""
+    rounds = rounds_of(folder)
+    course = make_course(config, folder / "web", ahead=ahead)
+    assert course._path(rounds).exists(), "what the page's agent learned is kept"
+    course.rebuild(rounds)
+    alone = make_course(config, scratch or folder / "alone", ahead=ahead)
+    before = weights(alone.agent)
+    for answers in rounds:
+        alone.play(answers)
+    assert torch.equal(weights(course.agent), weights(alone.agent))
+    assert not torch.equal(weights(course.agent), before), "it did learn"
+    return weights(course.agent)

@@ -37,7 +37,7 @@ def same(a, b):
     """Two episodes at the same point, bit by bit."""
     assert a.question.ids == b.question.ids and a.question.number == b.question.number
     assert weights(a) == weights(b)
-    assert [j.scores for j in a.course.learned] == [j.scores for j in b.course.learned]
+    assert [j.scores for (j,) in a.course.learned] == [j.scores for (j,) in b.course.learned]
 
 
 # The order of the toy

@@ -15,7 +15,6 @@ import torch
 from oracles.terminal import Terminal
 from prefenv.checkpoints import save_checkpoint
 from prefenv.cli import main
-from prefenv.errors import ConfigError
 from prefenv.feedback import FeedbackStore
 from prefenv.flow import RectifiedFlow
 from prefenv.play import Episode, PlayConfig
@@ -390,10 +389,3 @@ def test_no_acknowledged_answer_is_lost_by_kill_9(checkpoint, tmp_path):
         assert [j.id for j in episode.course.learned] == [j.id for j in standing]
         assert episode.store._one("PRAGMA integrity_check")[0] == "ok"
         assert episode.answer((1.0, 0.0, 0.0, 0.0)).taught
-
-
-def test_a_run_without_a_person_is_no_episode():
-    with pytest.raises(ConfigError, match="asks for more"):
-        from prefenv.play.course import Person
-
-        Person(Probe()).judge(torch.zeros(2, 4, 2))

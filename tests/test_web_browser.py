@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from people import oracle, samples
+from people import Held, Playing, oracle, samples
 
 from prefenv.feedback import FeedbackStore, Retraction
+from prefenv.play import PlayConfig
 
 pytest.importorskip("selenium", reason="selenium drives the browser")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -27,16 +26,9 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1150,800",
 )  # fmt: skip
 SHOTS = os.environ.get("PREFENV_SHOTS")  # a folder to put pictures of the page into
-CONFIG = {
-    "agent": "learned-reward:pool=256,anchors=16,growth=1,updates=40",
-    "task": "shapes",
-    "panel_size": 4,
-    "seed": 100,
-    "steps": 8,
-    "checkpoint": None,
-    "device": "cpu",
-    "none_teaches": False,
-}
+CONFIG = PlayConfig(
+    agent="learned-reward:pool=256,anchors=16,growth=1,updates=40", seed=100, steps=8, device="cpu"
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,31 +100,17 @@ class Page:
 @pytest.fixture
 def episode(tmp_path, monkeypatch):
     """Starts an episode of so many rounds in a thread; returns its link and where its summary comes."""
-    from oracles.web import play as module
+    monkeypatch.setattr("oracles.web.play.LINGER", 3.0)
+    started = []
 
-    torch.set_num_threads(1)
-    threads = []
-
-    def start(rounds, **settings):
-        links, result = [], []
-        out = SimpleNamespace(write=links.append, flush=lambda: None)
-        arguments = {"port": 0, "rounds": rounds, **settings}
-        thread = threading.Thread(
-            target=lambda: result.append(
-                module.play(SimpleNamespace(**CONFIG), tmp_path, out, **arguments)
-            )
-        )
-        monkeypatch.setattr(module, "LINGER", 3.0)
-        thread.daemon = True
-        thread.start()
-        threads.append(thread)
-        while not links:
-            time.sleep(0.01)
-        return next(w for w in links[0].split() if w.startswith("http")), thread, result
+    def start(rounds, config=CONFIG, **settings):
+        playing = Playing(config, tmp_path, rounds=rounds, **settings)
+        started.append(playing)
+        return playing.link, playing.thread, playing.result
 
     yield start
-    for thread in threads:
-        thread.join(20)
+    for playing in started:
+        playing.thread.join(20)
 
 
 def shown(folder):
@@ -221,6 +199,42 @@ def test_an_episode_by_mouse(chromium, episode, tmp_path):
         assert {j.annotator for j in store.judgements()} == {"bob"} and len(store.judgements()) == 8
         assert all(0 < j.seconds < 60 for j in store.judgements())
         assert sum(isinstance(e, Retraction) for e in store.history()) == 1
+
+
+def test_a_person_answers_while_the_model_learns(chromium, episode, tmp_path):
+    Held.hold()
+    agent = CONFIG.agent.replace("learned-reward", "people:HeldReward")
+    link, thread, result = episode(3, replace(CONFIG, agent=agent))
+    try:
+        page = Page(chromium, link)
+        page.name("ann")
+        page.asked()
+        page.press("1", "\ue007")
+        page.said("Kept: 1.")
+        assert Held.began.wait(60)
+        page.asked()
+        page.until(lambda: "0, learning" in page.text("#facts"), "says that it learns")
+        page.shot("learning")
+        page.press("2", "\ue007")
+        page.said("Kept: 2.")
+        page.asked("Learning; the next questions come in a moment")
+        page.shot("moment")
+        page.press("u")
+        page.said("Taken back.")
+        page.asked()
+        page.press("3", "\ue007")
+        page.said("Kept: 3.")
+        assert not Held.may.is_set(), "the first round is still being learned from"
+    finally:
+        Held.may.set()
+    page.asked()
+    page.until(lambda: "learning" not in page.text("#facts"), "has learned")
+    page.shot("learned")
+    page.press("4", "\ue007")
+    page.asked("All done")
+    assert page.log() == []
+    thread.join(60)
+    assert shown(tmp_path) == [[1], [3], [4]] and result[0]["rounds"] == 3
 
 
 def test_reload_and_restart_go_on_where_they_were(chromium, tmp_path):

@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from people import Person, samples
+from people import HELD, Held, Person, same_as_without_a_page, samples
 
 from oracles.web.security import secret
 from prefenv.feedback import FeedbackStore, Judgement, Retraction
+from prefenv.play import PlayConfig
 
 pytest.importorskip("uvicorn")
 
@@ -39,6 +40,30 @@ for line in sys.stdin:
         os.kill(child, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         print("killed", flush=True)
+"""
+
+
+# Plays in a fork, and "hold" never ends its learning.
+_PLAY = """
+import os, signal, sys
+from people import Held, play
+from prefenv.play import PlayConfig
+from pathlib import Path
+
+folder, port, agent = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+config = PlayConfig(agent=agent, panel_size=2, seed=100, steps=4, device="cpu")
+for line in sys.stdin:
+    if line in ("hold\\n", "free\\n") and (child := os.fork()) == 0:
+        if line == "free\\n":
+            Held.may.set()
+        play(config, folder, sys.stderr, port=port, rounds=3)
+        os._exit(0)
+    if line == "kill\\n":
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        print("killed", flush=True)
+    if line == "wait\\n":
+        print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -137,3 +162,65 @@ def test_kill_9_under_load(tmp_path, kills=50):
         assert first.setdefault(judgement.panel, judgement.annotator) == judgement.annotator, (
             "asked of two"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agent", HELD)
+def test_kill_9_while_the_agent_learns(agent, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    link = f"http://127.0.0.1:{port}/#{secret(tmp_path / 'feedback.token')}"
+    command = [sys.executable, "-c", _PLAY, str(tmp_path), str(port), agent]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=Path(__file__).parent,
+    ) as server:  # fmt: skip
+        ann, acknowledged = Person(link), []
+
+        def ask(call, true, **body):
+            """What the page says, as soon as it is there and that is true."""
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                with suppress(OSError, http.client.HTTPException):
+                    if true(told := ann.post(call, **body)):
+                        return told
+                ann.close()
+                time.sleep(0.05)
+            raise AssertionError(f"never: {call}")
+
+        def tell(line):
+            print(line, file=server.stdin, flush=True)
+
+        def answer():
+            question = ask("next", lambda told: told["question"])["question"]
+            assert ann.answer(question, [len(acknowledged) % 2])["kept"]
+            acknowledged.append(question["id"])
+
+        def learning(told):
+            return told["phase"] == "learning"
+
+        tell("hold")
+        answer()
+        assert ask("state", learning)["rounds"] == 0
+        answer()  # while it learns
+        for _ in range(2):
+            tell("kill")
+            assert server.stdout.readline() == "killed\n"
+            ann.close()
+            tell("hold")
+            state = ask("state", learning)
+            assert (state["mine"], state["rounds"], state["open"]) == (2, 0, 0), "nothing is lost"
+        tell("kill")
+        assert server.stdout.readline() == "killed\n"
+        ann.close()
+        tell("free")
+        answer()
+        ann.close()
+        tell("wait")
+        assert server.stdout.readline() == "0\n"
+        server.stdin.close()
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        assert [j.id for j in store.judgements()] == acknowledged
+    Held.may.set()
+    config = PlayConfig(agent=agent, panel_size=2, seed=100, steps=4, device="cpu")
+    same_as_without_a_page(config, tmp_path)

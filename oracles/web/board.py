@@ -51,10 +51,8 @@ class Board:
         return points.round(3).tolist()
 
     @torch.no_grad()
-    def publish(
-        self, agent: Any, metrics: dict[str, float] | None = None, *, last: bool = False
-    ) -> None:
-        """Show how far an agent is: a callback of ``Agent.learn``. ``last`` draws in any case."""
+    def publish(self, agent: Any, *, last: bool = False) -> None:
+        """Show how far an agent is; ``last`` draws in any case, else not more than once in ``SECONDS``."""
         ledger = agent.env.ledger
         self.progress = {
             "rounds": agent.rounds,

@@ -1,4 +1,4 @@
-"""``web``: people judge on a page in their browsers, several at once, while the model learns in between.
+"""``web``: people judge on a page in their browsers, several at once.
 
 Every panel goes to one annotator (or to ``overlap``), their scores are averaged: 1 = chosen, 0 = not, 1/2 = a
 tie, NaN = skipped by all. Answers are kept in a feedback file; what is answered there already is not asked again,
@@ -27,10 +27,6 @@ class Closed(PrefenvError):
     """The page was closed while questions were open; all answers are kept."""
 
 
-class Stale(PrefenvError):
-    """An answer that the agent has learned from was taken back: start the run anew, its answers are kept."""
-
-
 class WebOracle(Oracle):
     """People with browsers. The page is served from the first question on, or from ``start()``.
 
@@ -42,8 +38,6 @@ class WebOracle(Oracle):
         expose: Serve another interface: whoever has the link and reaches this machine can answer.
         overlap: Annotators who answer each panel.
         repeats: Share of questions that are hidden repeats, in [0, 1).
-        restart: Raise ``Stale`` where an answer that was learned from is taken back (``prefenv play`` then learns
-            anew from all answers); else the agent keeps what it has learned.
 
     Raises:
         ConfigError: A setting out of range, or packages that are missing.
@@ -60,7 +54,6 @@ class WebOracle(Oracle):
         expose: bool = False,
         overlap: int = 1,
         repeats: float = 0.0,
-        restart: bool = False,
     ):
         super().__init__(task)
         if not (isinstance(overlap, int) and overlap >= 1):
@@ -74,7 +67,7 @@ class WebOracle(Oracle):
                 f"web: {host} is open to other machines; expose=True if that is meant"
             )
         self.path, self.host, self.port, self.expose = Path(path), host, port, expose
-        self.overlap, self.repeats, self.restart = overlap, repeats, restart
+        self.overlap, self.repeats = overlap, repeats
         self._session: Any = None
 
     def start(self) -> str:
@@ -110,15 +103,16 @@ class WebOracle(Oracle):
     def judge(self, panels: Tensor) -> Tensor:
         """Ask people about panels ``(m, K, *event_shape)``, and wait for all answers; Ctrl-C interrupts.
 
+        An answer may be taken back and changed later; a run keeps what it has learned from it meanwhile.
+
         Raises:
             Closed: ``close()`` was called meanwhile.
-            Stale: See ``restart``.
         """
         return self.session.judge(panels)
 
-    def publish(self, agent: Any, metrics: dict[str, float] | None = None) -> None:
-        """Show on the page how far an agent is: a callback for ``Agent.learn``."""
-        self.session.board.publish(agent, metrics)
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
+        """Show on the page how far an agent is, and samples of both models."""
+        self.session.board.publish(agent)
 
     def close(self) -> None:
         """Stop serving; a ``judge`` that waits raises ``Closed``."""

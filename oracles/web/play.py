@@ -1,14 +1,17 @@
-"""``prefenv play --oracle web``: an episode on the page. The agent learns round by round while people answer.
+"""``prefenv play --oracle web``: an episode on the page. The agent learns in the background while people answer.
 
-A round is ``panels`` questions, which so many annotators may answer at once. The answers alone decide the state:
-the same seed and the same answers give the same proposals and the same model B. ``web/`` keeps the agent after
-the last rounds, named by a hash of the answers behind them, so starting again is quick. Where an answer that was
-learned from is taken back, the agent returns to the last state that all standing answers lead to, and goes on.
+A round is ``panels`` questions, which so many annotators may answer at once. While the agent learns from a round,
+the next ``ahead`` rounds are open, where the agent can be asked so (``prefenv.play.ahead``); where it cannot, the
+page says that it learns. The server has threads of its own: answers are kept, and may be taken back, at any time.
+
+The answers that stand alone decide the state, in whatever order and however fast they came. ``web/`` keeps the
+agent after the last rounds, named by a hash of the answers behind them, so starting again is quick. Where an
+answer that was learned from, or is just being learned from, is taken back, the agent returns to the last state
+that all standing answers lead to, and goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -16,136 +19,105 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from torch import Tensor
-
 from oracles.web.agreement import agreement
-from oracles.web.oracle import Closed, Stale, WebOracle
-from prefenv.agent import Agent
+from oracles.web.oracle import WebOracle
 from prefenv.checkpoints import write_atomic
-from prefenv.envs import FlowVectorEnv
-from prefenv.errors import CheckpointError
-from prefenv.feedback import FeedbackStore, Judgement, Panel, sample_id
-from prefenv.oracle import Oracle
-from prefenv.packing import pack, unpack
-from prefenv.registry import lookup, make_agent, make_task, parse
+from prefenv.feedback import Judgement, Panel
+from prefenv.play.ahead import make_course
+from prefenv.play.course import Round
+from prefenv.play.records import PlayConfig
+from prefenv.registry import make_task
 
-KEPT_STATES = 8
-RATED = 512  # samples behind a rate
 LINGER = 5.0  # seconds that the page is still served when all rounds are played
-Round = list[tuple[list[str], list[float | None]]]  # panels: ids of samples, and scores
 
 
-class Course(Oracle):
-    """An agent that learns from a page, and the answers that brought it where it is.
+class Party:
+    """A course on a page: the rounds that are open, learned from and taken back.
 
     Args:
         web: The page.
-        config: The episode's settings (``prefenv.play.PlayConfig``).
+        config: The episode's settings.
         folder: The episode's folder.
-        panels: Questions of a round.
-        reference: Model A, instead of a checkpoint.
+        rounds: Ask no more than so many.
+        course: Of ``make_course``: ``panels``, ``ahead``, ``reference``.
     """
 
-    nondeterministic = True
-
     def __init__(
-        self, web: WebOracle, config: Any, folder: Path, panels: int = 1, reference: Any = None
+        self,
+        web: WebOracle,
+        config: PlayConfig,
+        folder: Path,
+        rounds: int | None = None,
+        **course: Any,
     ):
-        super().__init__(web.task)
-        self.web, self.config, self.folder = web, config, folder / "web"
-        env = FlowVectorEnv(
-            config.panel_size * panels,
-            task=web.task,
-            oracle=self,
-            panel_size=config.panel_size,
-            steps=config.steps,
-            control=lookup("agent", parse(config.agent)[0]).control,
-            checkpoint=config.checkpoint,
-            reference=reference,
-            device=config.device,
-        )
-        self.agent: Agent = make_agent(config.agent, env, seed=config.seed)
-        self.store = FeedbackStore(web.path)
-        self.rounds: list[Round] = []
-        self._asked: Round = []
-        self._save()
-        self.rebuild()
+        self.config, self.folder, self.rounds = config, folder, rounds
+        self.session, self.kept = web.session, folder / "web" / "rounds.json"
+        self.course = make_course(config, folder / "web", **course)
+        self._rebuild()
 
-    def judge(self, panels: Tensor) -> Tensor:
-        """Ask the page. "None will do" teaches nothing, as in the toy, unless ``none_teaches``."""
-        scores = self.web.judge(panels)
-        ids = [[sample_id(x) for x in panel] for panel in panels]
-        told = [[None if s != s else s for s in row] for row in scores.tolist()]
-        self._asked.extend(zip(ids, told, strict=True))
-        if not self.config.none_teaches:
-            scores = scores.masked_fill((scores == 0).all(1, keepdim=True), torch.nan)
-        return scores
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are learned from, and all their answers stand."""
+        stale = self.session.questions.stale
+        return self.rounds is not None and len(self.course.learned) >= self.rounds and not stale
 
     def round(self) -> None:
-        """Learn from one more round.
+        """Ask, and learn from one more round; or unlearn, where an answer was taken back.
 
         Raises:
-            Stale: An answer that was learned from was taken back: ``rebuild``.
             Closed: The page was closed.
         """
-        self._asked = []
-        self.agent.learn(self.agent.env.num_envs)
-        self.rounds = [*self.rounds, self._asked]
-        self._save()
-
-    def rebuild(self) -> None:
-        """Go back to the last kept state that all standing answers lead to."""
-        try:
-            rounds = json.loads((self.folder / "rounds.json").read_text())
-        except (OSError, ValueError):
-            rounds = self.rounds
-        stands = next((i for i, r in enumerate(rounds) if not self._stands(r)), len(rounds))
-        for n in range(stands, -1, -1):
-            try:
-                self.agent.restore(unpack(self._path(rounds[:n])))
-            except CheckpointError:
-                continue
-            self.rounds = rounds[:n]
+        course, session, questions = self.course, self.session, self.session.questions
+        if questions.stale:
+            questions.withdraw()
+            self._rebuild()
             return
+        waiting = [course.put(session.store, asked) for asked in course.ask()]
+        if self.rounds is not None:
+            waiting = waiting[: self.rounds - len(course.learned)]
+        questions.put([panel for panels in waiting for panel in panels])
+        session.board.publish(course.agent, last=True)
+        if not session.wait(waiting[0], lambda: questions.stale):
+            return
+        answers = [a for a in map(self._answer, waiting[0]) if a is not None]
+        if len(answers) == len(waiting[0]):  # else one was taken back in this moment
+            course.play(tuple(answers))
+            self._keep(course.learned)
+
+    def _answer(self, panel: Panel) -> Judgement | None:
+        """What the annotators say together; None where all took it back."""
+        scores = self.session.store.scores(panel)
+        return scores and Judgement(panel.samples, tuple(scores[s] for s in panel.samples))
+
+    def _rebuild(self) -> None:
+        """Go back to where the answers lead that still stand."""
+        try:
+            rounds = [
+                tuple(Judgement(*answer) for answer in answers)
+                for answers in json.loads(self.kept.read_text())
+            ]
+        except (OSError, ValueError, TypeError):
+            rounds = self.course.learned
+        self.session.questions.tell(j.panel for answers in rounds for j in answers)
+        stands = next((i for i, r in enumerate(rounds) if not self._stands(r)), len(rounds))
+        self.course.rebuild(rounds[:stands])
 
     def _stands(self, answers: Round) -> bool:
         """Whether the answers of a round are what the file holds now."""
-        known = [self.store.scores(Panel(tuple(ids))) for ids, _ in answers]
-        return known == [dict(zip(ids, scores, strict=True)) for ids, scores in answers]
+        for known in answers:
+            now = self._answer(Panel(known.samples))
+            if now is None or now.scores != known.scores:
+                return False
+        return True
 
-    def _path(self, rounds: list[Round]) -> Path:
-        settings = {k: v for k, v in vars(self.config).items() if isinstance(v, str | int | None)}
-        text = json.dumps([settings, self.agent.env.num_envs, rounds], default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self.folder / f"{len(rounds):04d}-{digest}.safetensors"
-
-    def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(self.rounds)
-        write_atomic(path, pack(self.agent.state()))
-        if self.rounds:
-            write_atomic(self.folder / "rounds.json", json.dumps(self.rounds).encode())
-        kept = sorted(self.folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
-        for old in [p for p in kept if p != path and p.name[:4] != "0000"][:-KEPT_STATES]:
-            old.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Close its files."""
-        self.store.close()
-        self.agent.env.close()
-
-    def rates(self, model: Any) -> dict[str, float]:
-        """Share of each class in what a model makes of the same fixed noises."""
-        shape = (RATED, *self.task.event_shape)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.config.seed))
-        kinds = self.task.classify(model.sample(noise.to(self.agent.device)))
-        share = torch.bincount(kinds.cpu(), minlength=len(self.task.classes)) / RATED
-        return dict(zip(self.task.classes, share.tolist(), strict=True))
+    def _keep(self, rounds: list[Round]) -> None:
+        plain = [[[j.samples, j.scores] for j in answers] for answers in rounds]
+        write_atomic(self.kept, json.dumps(plain).encode())
 
     def summary(self) -> dict[str, Any]:
         """What was answered, and what came of it."""
-        standing, history = self.store.judgements(), self.store.history()
+        course, store = self.course, self.session.store
+        standing, history = store.judgements(), store.history()
         return {
             "agent": self.config.agent,
             "task": self.config.task,
@@ -153,12 +125,13 @@ class Course(Oracle):
             "answers": len(standing),
             "annotators": sorted({j.annotator for j in standing}),
             "undone": sum(not isinstance(e, Judgement) for e in history),
-            "rounds": len(self.rounds),
+            "rounds": len(course.learned),
             "seconds_answering": sum(j.seconds or 0.0 for j in standing),
+            "seconds_learning": course.agent.env.ledger.seconds,
             "agreement": asdict(agreement(standing)),
-            "rates_before": self.rates(self.agent.env.reference),
-            "rates_after": self.rates(self.agent),
-            "folder": str(self.folder.parent),
+            "rates_before": course.rates(),
+            "rates_after": course.rates(course.agent),
+            "folder": str(self.folder),
         }
 
 
@@ -175,11 +148,12 @@ def closing(summary: dict[str, Any]) -> str:
 
 
 def play(
-    config: Any,
+    config: PlayConfig,
     folder: Path,
     out: TextIO | None = None,
     *,
     panels: int = 1,
+    ahead: int | None = None,
     rounds: int | None = None,
     reference: Any = None,
     **settings: Any,
@@ -187,34 +161,33 @@ def play(
     """Play an episode on the page until Ctrl-C; returns the summary, and writes ``summary.json``.
 
     Args:
-        config: The episode's settings (``prefenv.play.PlayConfig``).
+        config: The episode's settings.
         folder: Its folder; an episode that is in it goes on.
         out: Where the link goes; None = standard output.
         panels: Questions of a round: about as many as there are annotators.
+        ahead: Rounds that are open while the agent learns from the one before; None = 1, or 0 where the agent
+            must learn before it asks on.
         rounds: Stop after so many.
         reference: Model A, instead of a checkpoint.
         settings: Of ``WebOracle``: ``port``, ``overlap``, ``repeats``, ...
     """
     out = out or sys.stdout
-    web = WebOracle(
-        make_task(config.task), str(folder / "feedback.sqlite"), restart=True, **settings
-    )
+    web = WebOracle(make_task(config.task), str(folder / "feedback.sqlite"), **settings)
     try:
         print(f"Answer at {web.start()}\nCtrl-C ends; all answers are kept.", file=out, flush=True)
-        course = Course(web, config, folder, panels, reference)
+        party = Party(web, config, folder, rounds, panels=panels, ahead=ahead, reference=reference)
         try:
-            while rounds is None or len(course.rounds) < rounds or web.session.questions.stale:
-                try:
-                    web.session.board.publish(course.agent, last=True)
-                    course.round()
-                except Stale:
-                    course.rebuild()
-            web.session.finish(course.agent)
-            time.sleep(LINGER)  # so that pages see the end
-        except (KeyboardInterrupt, Closed):
-            course.rebuild()  # a round that was interrupted is played again
-        summary = course.summary()
-        course.close()
+            while not party.over:
+                while not party.over:
+                    party.round()
+                web.session.finish(party.course.agent)
+                time.sleep(
+                    LINGER
+                )  # so that pages see the end, and the last answer can be taken back
+        except KeyboardInterrupt:
+            pass  # a round that was interrupted is played again when it goes on
+        summary = party.summary()
+        party.course.agent.env.close()
         write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         print(closing(summary), file=out, flush=True)
         return summary

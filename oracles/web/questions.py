@@ -21,7 +21,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -139,6 +139,11 @@ class Questions:
         with self.changed:
             self.open.clear()
             self.stale = False
+
+    def tell(self, panels: Iterable[str]) -> None:
+        """Remember that the agent has had the answers to these panels: ``stale``, where one is taken back."""
+        with self.changed:
+            self.told.update(panels)
 
     def wait(self, panels: Sequence[Panel], closed: Callable[[], bool] = lambda: False) -> bool:
         """Wait until all are answered; Ctrl-C interrupts. False where ``closed()`` came first."""

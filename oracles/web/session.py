@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from oracles.web.board import Board
-from oracles.web.oracle import Closed, Stale, WebOracle
+from oracles.web.oracle import Closed, WebOracle
 from oracles.web.questions import Questions
 from oracles.web.server import Api, Server, make_app
-from prefenv.feedback import FeedbackStore
+from prefenv.feedback import FeedbackStore, Panel
 from prefenv.tasks import Task
 
 
@@ -22,7 +23,7 @@ class Session:
         task: The task whose samples are shown.
         store: Where answers are kept; closed with the session.
         token: The page's secret.
-        settings: ``host``, ``port``, ``expose``, ``overlap``, ``repeats`` and ``restart`` are read from it.
+        settings: ``host``, ``port``, ``expose``, ``overlap`` and ``repeats`` are read from it.
     """
 
     def __init__(self, task: Task, store: FeedbackStore, token: str, settings: WebOracle):
@@ -44,19 +45,22 @@ class Session:
         """See ``WebOracle.judge``."""
         asked = self.store.ask(panels, task=self.task.name)
         self.questions.put(asked)
-        self.board.phase = "asking"
-        done = self.questions.wait(asked, self._stopped)
-        self.board.phase = "learning"
-        if self._closed.is_set():
-            raise Closed("the page was closed; all answers are kept, and the same command goes on")
-        if not done:
-            self.questions.withdraw()
-            raise Stale("an answer that was learned from was taken back")
+        self.wait(asked)
         scores, _ = self.store.recall(panels)
         return scores
 
-    def _stopped(self) -> bool:
-        return self._closed.is_set() or (self.settings.restart and self.questions.stale)
+    def wait(self, panels: Sequence[Panel], until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until panels are answered; then the page says that the model learns. False: ``until()`` came first.
+
+        Raises:
+            Closed: ``close()`` was called meanwhile.
+        """
+        self.board.phase = "asking"
+        done = self.questions.wait(panels, lambda: self._closed.is_set() or until())
+        if self._closed.is_set():
+            raise Closed("the page was closed; all answers are kept, and the same command goes on")
+        self.board.phase = "learning"
+        return done
 
     def finish(self, agent: Any) -> None:
         """Show the last picture, and that all is done."""

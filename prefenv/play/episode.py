@@ -42,15 +42,12 @@ from prefenv import plotting
 from prefenv.agent import Agent
 from prefenv.checkpoints import write_atomic
 from prefenv.device import make_generator
-from prefenv.envs import FlowVectorEnv
 from prefenv.errors import FeedbackError, RunError
-from prefenv.feedback import FeedbackStore, Judgement, Retraction, model_hash
-from prefenv.play.course import Course, Person
+from prefenv.feedback import FeedbackStore, Judgement, Retraction
+from prefenv.play.ahead import make_course
 from prefenv.play.records import Outcome, PlayConfig, Question, claim
-from prefenv.registry import lookup, make_agent, make_task, parse
 
 Scores = Sequence[float | None]
-RATED = 512  # samples behind a rate
 
 
 class Episode:
@@ -71,25 +68,12 @@ class Episode:
 
     def __init__(self, config: PlayConfig, folder: Path, reference: Any = None):
         self.config, self.folder = config, folder
-        record = config.record()
-        claim(folder, record)
-        self.task = make_task(config.task)
-        person = Person(self.task)
-        env = FlowVectorEnv(
-            config.panel_size,
-            task=self.task,
-            oracle=person,
-            panel_size=config.panel_size,
-            steps=config.steps,
-            control=lookup("agent", parse(config.agent)[0]).control,
-            checkpoint=config.checkpoint,
-            reference=reference,
-            device=config.device,
-        )
-        self.agent: Agent = make_agent(config.agent, env, seed=config.seed)
+        claim(folder, config.record())
+        self.course = make_course(config, folder / "states", reference=reference)
+        self.agent: Agent = self.course.agent
+        self.task = self.agent.env.task
         self.store = FeedbackStore(folder / "feedback.sqlite")
-        self.course = Course(self.agent, person, folder / "states", record, config.none_teaches)
-        self.course.rebuild(self._standing())
+        self.course.rebuild([(j,) for j in self._standing()])
         self._asked: Question | None = None
         self.resumed = len(self.course.learned)
 
@@ -146,7 +130,7 @@ class Episode:
         if len(standing) != len(self.course.learned) + 1:
             raise FeedbackError("there is no new answer to learn from: keep one first")
         question = self._asked or self._ask()
-        taught, metrics = self.course.play(standing[-1])
+        taught, metrics = self.course.play((standing[-1],))
         self._asked = None
         same = None if question.noise is None else self.agent.sample(question.noise)
         return Outcome(
@@ -166,7 +150,7 @@ class Episode:
         """
         taken = self.store.undo(self.config.annotator)
         if taken is not None:
-            self.course.rebuild(self._standing())
+            self.course.rebuild([(j,) for j in self._standing()])
             self._asked = None
         return taken
 
@@ -179,13 +163,7 @@ class Episode:
 
     def rates(self, agent: Agent | None = None) -> dict[str, float]:
         """Share of each class in what model B, or (None) model A, makes of the same fixed noises."""
-        if not self.task.classes:
-            return {}
-        rng = make_generator(self.config.seed, stream="play rates")
-        noise = torch.randn(RATED, *self.task.event_shape, generator=rng)
-        kinds = self.task.classify(self.make(agent, noise.to(self.agent.device)))
-        share = torch.bincount(kinds.cpu(), minlength=len(self.task.classes)) / RATED
-        return dict(zip(self.task.classes, share.tolist(), strict=True))
+        return self.course.rates(agent)
 
     @cached_property
     def before(self) -> dict[str, float]:
@@ -234,16 +212,11 @@ class Episode:
 
     def _alone(self) -> None:
         """Refuse to write after somebody else wrote."""
-        if [j.id for j in self._standing()] != [j.id for j in self.course.learned]:
+        if [j.id for j in self._standing()] != [j.id for (j,) in self.course.learned]:
             raise RunError(f"another process answers in {self.folder}: close one of them")
 
     def _ask(self) -> Question:
-        x, noise = self.course.ask()
-        explores = self.course.explores(x, noise)
-        maker = self.agent.model if explores else self.agent.reference
-        info = {"steps": self.config.steps, "agent": self.config.agent}
-        origin = {"task": self.task.name, "model": model_hash(maker), "seed": self.config.seed}
-        given = None if noise is None else noise[None]
-        (panel,) = self.store.ask(x[None], given, **origin, info=info)
-        number = len(self.course.learned) + 1
-        return Question(number, x, noise, "B" if explores else "A", panel.samples)
+        (asked,) = self.course.ask()
+        (panel,) = self.course.put(self.store, asked)
+        noise = None if asked.noise is None else asked.noise[0]
+        return Question(asked.number + 1, asked.x[0], noise, asked.by, panel.samples)

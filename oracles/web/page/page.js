@@ -109,7 +109,7 @@ function show(next, note) {
   $("cards").style.setProperty("--narrow", String(count === 1 ? 1 : 2));
   $("title").textContent = next
     ? (count === 1 ? "Do you like this one?" : `Which of these ${count} do you like?`)
-    : { done: "All done. Thank you!", learning: "The model is learning from your answers …" }[board.phase] || "No question for you just now …";
+    : { done: "All done. Thank you!", learning: "Learning; the next questions come in a moment …" }[board.phase] || "No question for you just now …";
   if (note) say(note);
   drawCards();
   if (focused >= 0 && next) $("cards").children[Math.min(focused, count - 1)].focus();
@@ -211,7 +211,7 @@ async function refresh() {
     ["open questions", state.open],
     ["samples that you chose", share(state.chosen_rate)],
     ["your answers a minute", state.per_minute === null ? "–" : state.per_minute.toFixed(1)],
-    ["rounds learned", state.rounds],
+    ["rounds learned", state.phase === "learning" ? `${state.rounds}, learning …` : state.rounds],
   ];
   if (shared) facts.push(["agreement (Krippendorff's α)", alpha === null ? "–" : alpha.toFixed(2)]);
   if (repeated) facts.push(["same answer when asked again", share(consistent)]);
