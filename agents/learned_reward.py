@@ -31,7 +31,7 @@ from agents.reward_model import (
     plain_factors,
     rebuild,
 )
-from prefenv.agent import Agent, Metrics
+from prefenv.agent import Agent, Metrics, Requires
 from prefenv.device import make_generator, stratified_uniform
 
 
@@ -69,6 +69,8 @@ class LearnedReward(Agent):
         lr: float = 1e-3
 
     name: ClassVar[str] = "learned-reward"
+    # Its pool and its reward are of all samples together: conditions would want one of each.
+    requires: ClassVar[Requires] = Requires(unconditional=True)
     persistent: ClassVar[tuple[str, ...]] = (
         "model",
         "size",

@@ -26,7 +26,7 @@ from prefenv.agent import Agent
 from prefenv.checkpoints import load_checkpoint, write_atomic
 from prefenv.device import resolve_device
 from prefenv.errors import ConfigError, RunError
-from prefenv.evaluation import Judge
+from prefenv.evaluation import Judge, made
 from prefenv.feedback.files import read_feedback
 from prefenv.offline import read_shape, rounds, study
 from prefenv.oracle import ScriptedOracle
@@ -235,14 +235,9 @@ def align(
 
 def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
     """The reference's samples (red) above each model's from the same noises (green)."""
-    noise = judge.noise[:n]
-    reference = (
-        FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
-        .sample(noise)
-        .cpu()
-        .numpy()
-    )
-    rows = [reference, *(m.sample(noise).cpu().numpy() for m in models.values())]
+    noise, asked = judge.shown(n)
+    reference = FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
+    rows = [made(m, noise, asked).cpu().numpy() for m in (reference, *models.values())]
     colors = [plotting.RED, *[plotting.GREEN] * len(models)]
     return plotting.sheet(judge.task, rows, colors, ["reference", *models])
 

@@ -48,6 +48,7 @@ class Course(Oracle):
     """
 
     nondeterministic = True
+    unconditional = True
 
     def __init__(
         self, web: WebOracle, config: Any, folder: Path, panels: int = 1, reference: Any = None

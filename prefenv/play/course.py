@@ -36,6 +36,7 @@ class Person(Oracle):
     """
 
     nondeterministic = True
+    unconditional = True
     ready: tuple[str, Tensor] | None = None
 
     def judge(self, panels: Tensor) -> Tensor:
