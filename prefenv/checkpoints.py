@@ -33,9 +33,14 @@ class Checkpoint:
 
 
 def default_path(task: Task) -> Path:
-    """Where the task's own reference lies: inside an installed package, or beside it in the repository."""
+    """Where the task's own reference lies."""
+    return shipped(task.name)
+
+
+def shipped(name: str) -> Path:
+    """Where ``checkpoints/NAME.safetensors`` lies: inside an installed package, or beside it in the repository."""
     for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints"):
-        path = folder / f"{task.name}.safetensors"
+        path = folder / f"{name}.safetensors"
         if path.exists():
             return path
     return path
