@@ -1,8 +1,8 @@
 """``aesthetic``: prefers what looks like a real hand's: a learned proxy, ``score = p(real | picture)``, in [0, 1].
 
 D3PO and DDPO take a network's opinion of a picture for one of their objectives (LAION's aesthetic predictor).
-Nobody has rated these digits, so the proxy is what can be learned without ratings: a LeNet that tells real pictures
-from model A's (``oracles/lenet.py``). It does not ask which digit it is. Accepted from 1/2.
+Nobody has rated these digits, so the proxy is what can be learned without ratings: a LeNet that tells real
+pictures from model A's (``oracles/lenet.py``). It does not ask which digit it is. Accepted from 1/2.
 """
 
 from __future__ import annotations

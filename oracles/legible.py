@@ -1,8 +1,8 @@
 """``legible``: prefers digits that can be read: ``score = p(asked digit | picture)``, in [0, 1].
 
 The probability is a LeNet's, trained on pictures that the generator never saw (``oracles/lenet.py``): the
-preference of PFM's image experiment (Kim et al. 2024, arXiv 2405.20234, section 5.1). It is conditional: an excellent
-3 is worth nothing where a 5 was asked for. Accepted from 1/2.
+preference of PFM's image experiment (Kim et al. 2024, arXiv 2405.20234, section 5.1). It is conditional: an
+excellent 3 is worth nothing where a 5 was asked for. Accepted from 1/2.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefenv.errors import BudgetSpentError, ConfigError, NonFiniteError, NotDifferentiableError
 from prefenv.tasks import Task
 
-Answer = Literal["score", "choose", "best"]
+Answer = Literal["score", "choose", "best", "extremes"]
 
 
 class Oracle:
@@ -68,7 +68,8 @@ class ScriptedOracle(Oracle):
         task: The task whose samples it judges.
         answer: How it tells what it thinks: ``score`` = the value itself (a rating per sample); ``choose`` = 1
             for every sample at or above the threshold, 0 for the rest; ``best`` = 1 for the best of the panel
-            (a pair is a panel of 2), equal best samples share it.
+            (a pair is a panel of 2), equal best samples share it; ``extremes`` = PFM's pairs, 1 for the best and
+            0 for the worst of the panel, no answer to the others.
     """
 
     differentiable = True
@@ -93,10 +94,18 @@ class ScriptedOracle(Oracle):
         return _ANSWERS[self.answer](scores, self.threshold)
 
 
+def _extremes(scores: Tensor) -> Tensor:
+    """1 for the largest and 0 for the least of each row, NaN for the others; the first of equals."""
+    told = torch.full_like(scores, torch.nan)
+    told.scatter_(1, scores.argmin(1, keepdim=True), 0.0)
+    return told.scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+
+
 _ANSWERS = {
     "score": lambda s, threshold: s,
     "choose": lambda s, threshold: (s >= threshold).to(s.dtype),
     "best": lambda s, threshold: (s == s.amax(1, keepdim=True)).to(s.dtype),
+    "extremes": lambda s, threshold: _extremes(s),
 }
 
 

@@ -1,10 +1,10 @@
 """Digits: small pictures of handwritten digits, asked for by class: PFM's and D3PO's image setting, small.
 
-The pictures are scikit-learn's ``load_digits`` (UCI's *Optical Recognition of Handwritten Digits*, Alpaydin & Kaynak
-1998, CC BY 4.0; 1,797 of 8 x 8 pixels, levels 0 to 16), or those of any ``.npz`` with ``x_train`` and ``y_train``:
-a local copy of MNIST is read, nothing is ever downloaded. A level becomes ``2 (level + U(0, 1)) / (top + 1) - 1``,
-uniform within its own cell; ink is 1. The condition (the prompt) is the digit. The pictures are split once: 5/9
-train the generator, 1/3 train the judge (``oracles/legible.py``), 1/9 test it.
+The pictures are scikit-learn's ``load_digits`` (UCI's *Optical Recognition of Handwritten Digits*, Alpaydin &
+Kaynak 1998, CC BY 4.0; 1,797 of 8 x 8 pixels, levels 0 to 16), or those of any ``.npz`` with ``x_train`` and
+``y_train``: a local copy of MNIST is read, nothing is ever downloaded. A level becomes ``2 (level + U(0, 1)) /
+(top + 1) - 1``, uniform within its own cell; ink is 1. The condition (the prompt) is the digit. The pictures are
+split once: 5/9 train the generator, 1/3 train the judge (``oracles/legible.py``), 1/9 test it.
 """
 
 from __future__ import annotations
