@@ -4,9 +4,9 @@
 
 Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.1): samples of the conditional reference, preferred by the
 probability that a LeNet gives to the asked digit; pairs of the **best and the worst** of a panel, or **random**
-pairs; every method gets the same number of judged samples. PFM learns Algorithm 1's pairs and is applied once, and
-again to what came out. ``benchmarks/results/digits.md`` has the table, ``digits.jsonl`` the numbers, ``digits.png``
-samples from the same noises.
+pairs; every method gets as many judged samples. PFM learns the pairs of Algorithm 1 and is applied once,
+and again to what came out. ``benchmarks/results/digits.md`` has the table, ``digits.jsonl`` the numbers,
+``digits.png`` samples from the same noises.
 
 The judge is the reward, so it cannot say whether it was fooled. The last two columns do not know it: the digit of
 the nearest real picture, and the distance to it.

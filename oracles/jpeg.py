@@ -1,10 +1,10 @@
 """``jpeg``: prefers pictures that take few bytes as JPEG, or many: D3PO's compressibility and incompressibility.
 
-    score = 1/2 + (mean - bytes) / (4 std)            (``prefer="large"``: the other sign)
+    score = sigmoid((mean - bytes) / std)            (``prefer="large"``: the other sign)
 
 ``bytes`` is the file's size at a quality, by Pillow, as in DDPO's and D3PO's rewards (2305.13301, 2311.13231);
 ``mean`` and ``std`` are those of the real pictures that the generator never saw, so that a real one is worth about
-1/2. Accepted from 0.82: better than nine real ones in ten, were they Gaussian. It has no gradient.
+1/2. Accepted from 0.78: better than nine real ones in ten, were they Gaussian. It has no gradient.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Jpeg(ScriptedOracle):
         ConfigError: Another task, or a setting out of range.
     """
 
-    threshold = 0.82
+    threshold = 0.78
 
     def __init__(
         self,
@@ -71,5 +71,5 @@ class Jpeg(ScriptedOracle):
         self.mean, self.std = float(sizes.mean()), float(sizes.std())
 
     def score(self, samples: Tensor) -> Tensor:
-        gap = (jpeg_bytes(samples, self.quality) - self.mean) / (4 * self.std)
-        return (0.5 + self.sign * gap).to(samples.device)
+        gap = (jpeg_bytes(samples, self.quality) - self.mean) / self.std
+        return (self.sign * gap).sigmoid().to(samples.device)

@@ -34,9 +34,15 @@ from prefenv.policy import FlowPolicy
 from prefenv.registry import make_task
 from prefenv.tasks import Task
 from prefenv.tasks.digits import Digits
+from prefenv.train import save_card
 
 FORMAT = "prefenv-lenet-1"
 JUDGE, AESTHETIC = "judge", "aesthetic"
+COMMAND = "python -m oracles.lenet"
+ABOUT = {
+    JUDGE: "A LeNet that tells the digits apart, for the oracle `legible`.",
+    AESTHETIC: "A LeNet that tells real pictures from model A's, for the oracle `aesthetic`.",
+}
 
 
 class LeNet(nn.Module):
@@ -159,6 +165,7 @@ def main(args: Args) -> None:
         header = {"format": FORMAT, "task": task.name, "kind": kind, "card": json.dumps(card)}
         path = args.out / f"{task.name}-{kind}.safetensors"
         write_atomic(path, serialize(dict(model.state_dict()), header))
+        save_card(path, f"The {kind} of `{task.name}`", ABOUT[kind], {"command": COMMAND, **card})
         print(f"{path}: {card}")
 
 

@@ -165,15 +165,14 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
 def save_reference(path: Path, trained: Trained, task: Task) -> None:
     """Write the checkpoint and, beside it, its card as Markdown."""
     save_checkpoint(path, trained.flow, task, trained.card)
-    lines = [
-        f"# Reference for `{task.name}` (model A)",
-        "",
-        (task.__doc__ or "").splitlines()[0],
-        "",
-        "| what | value |",
-        "|---|---|",
-    ]
-    for key, value in trained.card.items():
+    title = f"Reference for `{task.name}` (model A)"
+    save_card(path, title, (task.__doc__ or "").splitlines()[0], trained.card)
+
+
+def save_card(path: Path, title: str, about: str, card: dict[str, Any]) -> None:
+    """Write a card as Markdown beside a checkpoint: a title, a line, and a table."""
+    lines = [f"# {title}", "", about, "", "| what | value |", "|---|---|"]
+    for key, value in card.items():
         shown = (
             ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         )
