@@ -31,6 +31,7 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.kernels import Affine, Kernel
 from prefenv.policy import Rollout
+from prefenv.tasks.conditions import rows_of
 
 
 def lean_adjoint(
@@ -102,7 +103,7 @@ class AdjointMatching(Agent):
         assert rollout.gradient is not None
         beta = self.env.task.beta if cfg.beta is None else cfg.beta
         adjoint, reference = lean_adjoint(
-            lambda x, k: self.reference.velocity(x, float(policy.times[k])),
+            lambda x, k: self.reference.velocity(x, float(policy.times[k]), rollout.condition),
             rollout.path,
             policy.table,
             -rollout.gradient / beta,
@@ -121,7 +122,8 @@ class AdjointMatching(Agent):
             order = use[torch.randperm(len(use), generator=self.generator, device=self.device)]
             for part in order.chunk(cfg.minibatches):
                 t = policy.times.to(batch.x)[batch.index[part]]
-                change = self.model.velocity(batch.x[part], t) - reference[part]
+                condition = rows_of(batch.condition, part)
+                change = self.model.velocity(batch.x[part], t, condition) - reference[part]
                 loss = adjoint_loss(change, target[part], b[part], std[part]).mean()
                 if cfg.anchor:
                     loss = loss + cfg.anchor * self.drift(rollout, len(told))

@@ -30,6 +30,7 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks.conditions import rows_of, to_device
 
 
 def kl_bound(n: int) -> float:
@@ -85,10 +86,9 @@ class BestOfN(Agent):
     def build(self) -> None:
         if self.config.n < 1:
             raise ConfigError(f"best-of-n: n must be at least 1, not {self.config.n}")
-        event, width = self.env.task.event_shape, self.config.width
+        task, width = self.env.task, self.config.width
         self.judge = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(math.prod(event), width),
+            nn.Linear(task.width, width),
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
@@ -97,7 +97,10 @@ class BestOfN(Agent):
         ).to(self.device)
         self.optimizer = torch.optim.Adam(self.judge.parameters(), lr=self.config.lr)
         empty = torch.empty(0, device=self.device)
-        self.pool: dict[str, Any] = {"samples": empty.view(0, *event), "judgement": empty}
+        self.pool: dict[str, Any] = {
+            "samples": empty.view(0, *task.event_shape),
+            "judgement": empty,
+        }
 
     def behaviour(self) -> FlowPolicy:
         """Frozen A by its ODE, as at inference."""
@@ -106,13 +109,18 @@ class BestOfN(Agent):
     def update(self, rollout: Rollout) -> Metrics:
         told = ~rollout.judgement.isnan()
         new = {"samples": rollout.samples[told], "judgement": rollout.judgement[told]}
-        self.pool = {k: torch.cat([v, new[k]]) for k, v in self.pool.items()}
+        if rollout.condition is not None:
+            new["condition"] = rollout.condition[told]
+        old = self.pool
+        self.pool = {k: torch.cat([old[k], v]) if k in old else v for k, v in new.items()}
         loss, seen = 0.0, len(self.pool["judgement"])
         for _ in range(self.config.updates if seen else 0):
             i = torch.randint(
                 seen, (self.config.batch,), generator=self.generator, device=self.device
             )
-            error = self.judge(self.pool["samples"][i]) - self.pool["judgement"][i]
+            asked = rows_of(self.pool.get("condition"), i)
+            rows = self.env.task.rows(self.pool["samples"][i], asked)
+            error = self.judge(rows) - self.pool["judgement"][i]
             self.optimizer.zero_grad()
             error.square().mean().backward()
             self.optimizer.step()
@@ -120,23 +128,26 @@ class BestOfN(Agent):
         return {"loss": loss, "kl_bound": self.kl_bound()}
 
     @torch.no_grad()
-    def select(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, noise: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of each noise's candidates the one whose sample is kept, and that sample, ``(B, *event_shape)`` each."""
         policy = self.env.policy(self.reference)
         if not len(self.pool["judgement"]):
-            return noise, policy.sample(noise)
+            return noise, policy.sample(noise, condition)
         noises = candidates(noise, self.config.n, self.seed)
-        samples = policy.sample(noises.flatten(0, 1))
-        value = self.judge(samples).view(noises.shape[:2])
+        if condition is not None:
+            condition = condition.repeat_interleave(self.config.n, 0)
+        samples = policy.sample(noises.flatten(0, 1), condition)
+        value = self.judge(self.env.task.rows(samples, condition)).view(noises.shape[:2])
         if self.config.first:
             value = value.clamp(max=self.env.desk.threshold)
         return keep_best(noises, value), keep_best(samples.view_as(noises), value)
 
     @torch.no_grad()
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Samples of model B: of each noise's candidates the one that the judge keeps."""
-        parts = noise.to(self.device).split(256)
-        return torch.cat([self.select(part)[1] for part in parts])
+        noise, condition = noise.to(self.device), to_device(condition, self.device)
+        parts = torch.arange(len(noise), device=self.device).split(256)
+        return torch.cat([self.select(noise[i], rows_of(condition, i))[1] for i in parts])
 
     def predict(
         self,
@@ -149,7 +160,10 @@ class BestOfN(Agent):
         x = observation["x"]
         if not torch.as_tensor(observation["t"]).any():
             rows = torch.as_tensor(x, device=self.device).reshape(-1, *self.env.task.event_shape)
-            kept = self.select(rows)[0].reshape(x.shape)
+            asked = observation.get("condition")
+            if asked is not None and (kind := self.env.task.condition) is not None:
+                asked = kind.tensor(asked).to(self.device).reshape(-1, *kind.shape)
+            kept = self.select(rows, asked)[0].reshape(x.shape)
             observation = {
                 **observation,
                 "x": kept if isinstance(x, Tensor) else kept.cpu().numpy(),

@@ -26,6 +26,7 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.kernels import Kernel
 from prefenv.policy import Rollout
+from prefenv.tasks.conditions import rows_of
 
 Clamp = Literal["one-sided", "two-sided", "none"]
 
@@ -129,7 +130,7 @@ class D3PO(Agent):
             return {"loss": 0.0, "pairs": 0.0, "accuracy": 0.0}
         dim = rollout.noise[0].numel()
         with torch.no_grad():
-            reference = self.frozen.log_prob(batch.x, batch.index, batch.x_next)
+            reference = self.frozen.log_prob(batch.x, batch.index, batch.x_next, batch.condition)
         self.env.ledger.nfe += len(batch.x)
         losses, right = [], []
         for _ in range(cfg.epochs):
@@ -142,7 +143,10 @@ class D3PO(Agent):
                     torch.arange(len(steps), device=self.device)[:, None] * rows + used
                 ).flatten()
                 log_prob = self.policy.log_prob(
-                    batch.x[pick], batch.index[pick], batch.x_next[pick]
+                    batch.x[pick],
+                    batch.index[pick],
+                    batch.x_next[pick],
+                    rows_of(batch.condition, pick),
                 )
                 ratio = (log_prob - reference[pick]).view(len(steps), len(used))
                 ratio_w, ratio_l = ratio[:, place[: len(w)]], ratio[:, place[len(w) :]]

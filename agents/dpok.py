@@ -16,7 +16,6 @@ the KL of two softmaxes over the *batch*, which is 0 for a batch of one, to the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -57,7 +56,7 @@ class Value(nn.Module):
     """``V(x, t)``: what a sample that passes ``x`` at ``t`` will be judged, ``(B,)``; 0 in the beginning.
 
     Args:
-        dim: Dimensions of ``x``.
+        dim: Numbers of a row of ``x``, the condition's features among them.
         width: Width of its two hidden layers.
     """
 
@@ -118,25 +117,25 @@ class DPOK(PPO):
         cfg = self.config
         if cfg.clamp not in ("one-sided", "two-sided"):
             raise ConfigError(f"dpok: clamp is one-sided or two-sided, not {cfg.clamp!r}")
-        self.value = Value(math.prod(self.model.event_shape), cfg.value_width).to(self.device)
+        self.value = Value(self.env.task.width, cfg.value_width).to(self.device)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=cfg.value_lr)
         self.prepare()
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg, policy, seen = self.config, self.policy, []
         batch = rollout.transitions(policy.stochastic_steps)
-        judgement = rollout.judgement[batch.row]
+        judgement, rows = rollout.judgement[batch.row], self.env.task.rows(batch.x, batch.condition)
         told, t = ~judgement.isnan(), policy.times.to(batch.x)[batch.index]
         with torch.no_grad():
-            advantage = (judgement - self.value(batch.x, t)).nan_to_num(0.0)
+            advantage = (judgement - self.value(rows, t)).nan_to_num(0.0)
         for part in self.minibatches(len(batch.x)):
-            x, index = batch.x[part], batch.index[part]
-            mean, std = policy.gaussian(x, index)
+            at = batch.at(part)
+            mean, std = policy.gaussian(*at)
             log_prob, old = gaussian_log_prob(batch.x_next[part], mean, std), batch.log_prob[part]
             loss = dpok_loss(log_prob, old, advantage[part], cfg.clip_range, cfg.clamp).mean()
-            metrics = self.descend(loss, rollout, x, index, mean, std)
+            metrics = self.descend(loss, rollout, at, mean, std)
             seen.append({**metrics, **moved((log_prob - old).detach(), cfg.clip_range)})
-        error = self.fit(batch.x[told], t[told], judgement[told])
+        error = self.fit(rows[told], t[told], judgement[told])
         return {**averaged(seen), "value_error": error}
 
     def fit(self, x: Tensor, t: Tensor, judgement: Tensor) -> float:

@@ -31,10 +31,15 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.tasks.conditions import rows_of
 
 
 def replay(
-    policy: FlowPolicy, path: Tensor, last: int, reference: RectifiedFlow | None = None
+    policy: FlowPolicy,
+    path: Tensor,
+    last: int,
+    reference: RectifiedFlow | None = None,
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The end of a path with gradient to the flow's parameters, through its last steps.
 
@@ -43,6 +48,7 @@ def replay(
         path: States ``(steps + 1, B, *event_shape)``.
         last: Steps that carry gradient, 1 to ``steps``.
         reference: What the path's KL is measured to; None = it is not.
+        condition: Of each row, where there is one.
 
     Returns:
         ``x_N`` ``(B, *event_shape)`` and the KL of these steps' noisy ones in nats, ``(B,)``.
@@ -50,19 +56,20 @@ def replay(
     x = path[policy.steps - last]
     kl = x.new_zeros(len(x))
     for i in range(policy.steps - last, policy.steps):
-        mean = policy.mean(x, policy.flow.velocity(x, float(policy.times[i])), i)
+        t = float(policy.times[i])
+        mean = policy.mean(x, policy.flow.velocity(x, t, condition), i)
         if reference is not None and (std := policy.std(i)) > 0:
-            there = policy.mean(x, reference.velocity(x, float(policy.times[i])), i)
+            there = policy.mean(x, reference.velocity(x, t, condition), i)
             kl = kl + ((mean - there) / std).square().flatten(1).sum(1) / 2
         # What the step added to its mean: its noise, and the rounding that a second evaluation brings.
         x = mean + (path[i + 1] - mean).detach()
     return x, kl
 
 
-def predict(policy: FlowPolicy, x: Tensor, i: int) -> Tensor:
+def predict(policy: FlowPolicy, x: Tensor, i: int, condition: Tensor | None = None) -> Tensor:
     """The data as seen from step ``i``: ``x + (1 - t) v(x, t)``, with gradient."""
     t = float(policy.times[i])
-    return x + (1 - t) * policy.flow.velocity(x, t)
+    return x + (1 - t) * policy.flow.velocity(x, t, condition)
 
 
 def draft_loss(samples: Tensor, gradient: Tensor) -> Tensor:
@@ -124,17 +131,24 @@ class DRaFT(Agent):
     @torch.no_grad()
     def guess(self, k: int) -> Rollout:
         """A round of which the oracle sees what is predicted k steps before the end."""
-        x, _ = self.env.begin()
+        x, condition = self.env.begin()
         path = [x]
-        with self.policy.hold(x):
+        with self.policy.hold(x, condition):
             for i in range(self.env.steps):
-                path.append(self.policy.act(path[-1], i)[0])
-        predicted = predict(self.policy, path[self.env.steps - k], self.env.steps - k)
+                path.append(self.policy.act(path[-1], i, condition)[0])
+        start = self.env.steps - k
+        predicted = predict(self.policy, path[start], start, condition)
         self.env.ledger.nfe += len(x) * (self.env.steps + 1)
-        judgement, gradient = self.env.desk.gradient(predicted)
+        judgement, gradient = self.env.desk.gradient(predicted, condition)
         none = x.new_zeros(self.env.steps, len(x))
         return Rollout(
-            torch.stack(path), none, judgement, judgement, self.env.panel_size, gradient=gradient
+            torch.stack(path),
+            none,
+            judgement,
+            judgement,
+            self.env.panel_size,
+            condition,
+            gradient,
         )
 
     def ascend(self, rollout: Rollout, k: int) -> Metrics:
@@ -145,14 +159,15 @@ class DRaFT(Agent):
         total, parts = 0.0, told[order].chunk(cfg.minibatches) if len(told) else ()
         assert rollout.gradient is not None
         for part in parts:
-            path = rollout.path[:, part]
+            path, condition = rollout.path[:, part], rows_of(rollout.condition, part)
             if refl:
                 end, kl = (
-                    predict(self.policy, path[start], start),
+                    predict(self.policy, path[start], start, condition),
                     torch.zeros(1, device=self.device),
                 )
             else:
-                end, kl = replay(self.policy, path, k, self.reference if cfg.beta else None)
+                held = self.reference if cfg.beta else None
+                end, kl = replay(self.policy, path, k, held, condition)
             loss = draft_loss(end, rollout.gradient[part]) + cfg.beta * kl.mean()
             noisy = [
                 i for i in self.policy.stochastic_steps if i >= start and not refl and cfg.beta

@@ -161,11 +161,11 @@ class GRPO(PPO):
         step, old_mean = policy.times.diff().to(advantage)[batch.index], batch.x
         if cfg.trust != "clip":
             with torch.no_grad():
-                old_mean, _ = policy.gaussian(batch.x, batch.index)
+                old_mean, _ = policy.gaussian(batch.x, batch.index, batch.condition)
             self.env.ledger.nfe += len(batch.x)
         for part in self.minibatches(len(step)):
-            x, index, gain = batch.x[part], batch.index[part], advantage[part]
-            mean, std = policy.gaussian(x, index)
+            at, gain = batch.at(part), advantage[part]
+            mean, std = policy.gaussian(*at)
             log_prob, old = gaussian_log_prob(batch.x_next[part], mean, std), batch.log_prob[part]
             if cfg.trust == "clip":
                 loss = ppo_loss(log_prob, old, gain, cfg.clip_range)
@@ -176,6 +176,6 @@ class GRPO(PPO):
                     loss = guard_loss(log_prob - old, gain, kl_old, *scales, cfg.clip_range)
                 else:
                     loss = divergence_loss(log_prob - old, gain, kl_old, cfg.divergence)
-            metrics = self.descend(loss.mean(), rollout, x, index, mean, std)
+            metrics = self.descend(loss.mean(), rollout, at, mean, std)
             seen.append({**metrics, **moved((log_prob - old).detach(), cfg.clip_range)})
         return averaged(seen)

@@ -22,6 +22,7 @@ from prefenv.agent import Agent, Metrics, Requires
 from prefenv.device import make_generator, stratified_uniform
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks.conditions import rows_of
 
 
 def listwise_loss(residual: Tensor, label: Tensor, temperature: float = 1.0) -> Tensor:
@@ -100,24 +101,29 @@ class HilDD(Agent):
         noise = rollout.panels(rollout.noise)[informative].flatten(0, 1)
         sample = rollout.panels(rollout.samples)[informative].flatten(0, 1)
         label = label[informative]
+        asked = rollout.condition
+        if asked is not None:
+            asked = rollout.panels(asked)[informative].flatten(0, 1)
         metrics: Metrics = {}
         for _ in range(cfg.updates):
-            data, _ = self.env.task.data(cfg.data_batch, self.data_generator)
-            data = data.to(self.device)
+            data, kind = self.env.task.data(cfg.data_batch, self.data_generator)
+            data, kind = data.to(self.device), None if asked is None else kind.to(self.device)
             x0 = torch.randn(data.shape, generator=self.generator, device=self.device)
             t = stratified_uniform(len(data), self.generator)
-            f = cfg.data_weight * self.model.residual(x0, data, t).mean()
-            g = listwise_loss(self.residuals(noise, sample).view_as(label), label, cfg.temperature)
+            f = cfg.data_weight * self.model.residual(x0, data, t, kind).mean()
+            d = self.residuals(noise, sample, asked).view_as(label)
+            g = listwise_loss(d, label, cfg.temperature)
             metrics = self.step(f, g.mean())
             self.env.ledger.nfe += len(data) + cfg.times * len(noise)
         return {"informative": float(informative.sum()), **metrics}
 
-    def residuals(self, noise: Tensor, sample: Tensor) -> Tensor:
+    def residuals(self, noise: Tensor, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         """``d_k`` of each pair, ``(n,)``: the flow residual averaged over the times below the horizon."""
         n, k = len(noise), self.config.times
         t = torch.arange(k, device=self.device).repeat_interleave(n) * (self.config.horizon / k)
         x0, x1 = (x.repeat(k, *[1] * (x.dim() - 1)) for x in (noise, sample))
-        return self.model.residual(x0, x1, t).view(k, n).mean(0)
+        each = rows_of(condition, torch.arange(n, device=self.device).repeat(k))
+        return self.model.residual(x0, x1, t, each).view(k, n).mean(0)
 
     def step(self, f: Tensor, g: Tensor) -> Metrics:
         """One optimiser step along ``grad f + lambda grad g``."""

@@ -33,7 +33,7 @@ from agents.reward_model import (
     plain_factors,
     rebuild,
 )
-from prefenv.agent import Agent, Metrics
+from prefenv.agent import Agent, Metrics, Requires
 from prefenv.device import make_generator, stratified_uniform
 from prefenv.policy import Rollout
 
@@ -72,6 +72,8 @@ class LearnedReward(Agent):
         lr: float = 1e-3
 
     name: ClassVar[str] = "learned-reward"
+    # Its pool and its reward are of all samples together: conditions would want one of each.
+    requires: ClassVar[Requires] = Requires(unconditional=True)
     persistent: ClassVar[tuple[str, ...]] = (
         "model",
         "size",

@@ -4,10 +4,10 @@
     max_(mu, s)  E[ Q(w) ] - alpha KL(N(mu, exp(2 s)) || N(0, I)),      Q = argmin E (Q(w) - judgement)^2
 
 Wagenmaker et al. 2025 (arXiv 2506.15799), with Stable-Baselines3's own SAC (Haarnoja et al. 2018, 1812.05905) on
-``control="noise"``: an episode is one step, its action the noise. An unconditional generator has no state to steer
-by: the environment's observation is just a fresh noise, so the actor sees a constant, and what it learns is a law
-of the noise. Model B must stay a distribution: the noise given to ``sample`` is the ``z`` of the actor's
-reparametrised head, mean and std both learned.
+``control="noise"``: an episode is one step, its action the noise. The state is the condition. An unconditional
+generator has none to steer by: the environment's observation is just a fresh noise, so the actor sees a constant,
+and what it learns is a law of the noise. Model B must stay a distribution: the noise given to ``sample`` is the
+``z`` of the actor's reparametrised head, mean and std both learned.
 
 Two things differ from SB3's default, by its own extension points. The head is not squashed: DSRL's tanh onto
 [-1.5, 1.5] cannot make N(0, I), so model B would leave the reference before it has learned anything; here it
@@ -35,6 +35,7 @@ from prefenv.agent import Agent, Metrics
 from prefenv.envs import Control
 from prefenv.flow import RectifiedFlow
 from prefenv.sb3 import AnsweredReplay, FlowVecEnv, begin, seeded
+from prefenv.tasks.conditions import to_device
 
 
 def noise_kl(mean: Tensor, log_std: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class NoiseActor(Actor):
         return mean + log_std.exp() * z
 
     def forward(self, obs: Any, deterministic: bool = False) -> Tensor:
-        z = obs.new_zeros(len(obs), *self.action_space.shape)
+        z = torch.zeros(len(obs), *self.action_space.shape, device=obs.device)
         return self.steer(obs, z if deterministic else torch.randn_like(z)) / self.bound
 
     def action_log_prob(self, obs: Any) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,9 @@ class NoiseSAC(Agent):
     def build(self) -> None:
         cfg = self.config
         self.face = FlowVecEnv(self.env)
-        self.blind = VecExtractDictObs(self.face, "t")  # t is always 0, and the noise tells nothing
+        # Without conditions the state is t, which is always 0: the noise tells nothing.
+        asked = "t" if self.env.task.condition is None else "condition"
+        self.blind = VecExtractDictObs(self.face, asked)
         self.sac = SAC(
             NoisePolicy,
             self.blind,
@@ -183,13 +186,15 @@ class NoiseSAC(Agent):
         return judgement, {**metrics, "kl_bound": self.kl_bound()}
 
     @torch.no_grad()
-    def steer(self, noise: Tensor) -> Tensor:
+    def steer(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """The noises that the reference starts from instead of the given ones, ``(n, *event_shape)``."""
         z = noise.to(self.device).flatten(1)
-        return self.actor.steer(z.new_zeros(len(z), 1), z).view(noise.shape)
+        state = z.new_zeros(len(z), 1) if condition is None else condition
+        return self.actor.steer(state, z).view(noise.shape)
 
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.env.reference.sample(self.steer(noise))
+    def sample(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        condition = to_device(condition, self.device)
+        return self.env.reference.sample(self.steer(noise, condition), condition)
 
     def predict(
         self,
@@ -201,7 +206,10 @@ class NoiseSAC(Agent):
         """The steered noise; the one observed is what is steered."""
         given = observation["x"]
         x = torch.as_tensor(given, dtype=torch.float32, device=self.device)
-        action = self.steer(x.reshape(-1, *self.env.task.event_shape)).view(x.shape)
+        asked = observation.get("condition")
+        if asked is not None and (kind := self.env.task.condition) is not None:
+            asked = kind.tensor(asked).to(self.device).reshape(-1, *kind.shape)
+        action = self.steer(x.reshape(-1, *self.env.task.event_shape), asked).view(x.shape)
         return (action.cpu().numpy() if isinstance(given, np.ndarray) else action), state
 
     def chain(self) -> list[RectifiedFlow]:
@@ -210,5 +218,7 @@ class NoiseSAC(Agent):
 
     @torch.no_grad()
     def kl_bound(self) -> float:
-        constant = torch.zeros(1, 1, device=self.device)
-        return float(noise_kl(*self.actor.get_action_dist_params(constant)[:2]))
+        task, state = self.env.task, torch.zeros(1, 1, device=self.device)
+        if task.condition is not None:
+            state = task.fixed_conditions().to(self.device)
+        return float(noise_kl(*self.actor.get_action_dist_params(state)[:2]).mean())

@@ -28,6 +28,7 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks.conditions import group, rows_of
 
 
 def pfm_point(
@@ -43,11 +44,32 @@ def pfm_loss(velocity: Tensor, target: Tensor) -> Tensor:
     return (velocity - target).square().flatten(1).mean(1)
 
 
-def transport_pairs(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The two batches ``(B, ...)`` re-paired at the least total squared distance (every row once)."""
+def transport_pairs(
+    source: Tensor, target: Tensor, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two batches ``(B, ...)`` re-paired at the least total squared distance (every row once).
+
+    With conditions ``(B, ...)``, the same of both batches row by row, no pair has two.
+    """
     cost = torch.cdist(source.flatten(1), target.flatten(1)).square()
+    if condition is not None:
+        label = group(condition)
+        cost = cost + (label[:, None] != label) * (len(cost) * cost.max() + 1)
     rows, columns = linear_sum_assignment(cost.cpu().numpy())
     return source[torch.as_tensor(rows)], target[torch.as_tensor(columns)]
+
+
+def within(source: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    """For each condition of ``target`` ``(B, ...)`` a random row of ``source`` ``(n, ...)`` with the same one.
+
+    Every condition of ``target`` has to be among those of ``source``.
+    """
+    label = group(torch.cat([source, target]))
+    rows, wanted = label[: len(source)], label[len(source) :]
+    order, count = rows.argsort(), rows.bincount(minlength=int(label.max()) + 1)
+    u = torch.rand(len(target), generator=generator, device=target.device)
+    place = (u * count[wanted]).long().clamp(max=count[wanted] - 1)
+    return order[(count.cumsum(0) - count)[wanted] + place]
 
 
 class Refined(FlowPolicy):
@@ -81,7 +103,7 @@ class PFM(Agent):
                 the rejected sample of each pair (Algorithm 1).
             coupling: ``pair`` = the two of one panel (Algorithm 1); ``pool`` = sources and preferred samples of
                 all panels, drawn independently; ``ot`` = the same, matched in each batch by optimal transport, as
-                the public code does. The last two are right only where there is no condition.
+                the public code does. None ever crosses conditions: the last two pair within each.
             sigma: Noise on the path (the public code's 0.1).
             tie: Judgements that differ by no more than this are a tie and make no pair.
             margin: A pair's preferred sample must be judged at least the oracle's threshold.
@@ -163,33 +185,36 @@ class PFM(Agent):
 
     def update(self, rollout: Rollout) -> Metrics:
         cfg, samples = self.config, rollout.samples
+        asked = rollout.condition
         frozen = len(self.frozen_flows) * cfg.applications
         self.env.ledger.nfe += frozen * len(samples) * self.env.steps
         winner, loser = preferred_pairs(rollout.panels(rollout.judgement), cfg.tie)
         if cfg.margin:
             good = rollout.judgement[winner] >= self.env.desk.threshold
             winner, loser = winner[good], loser[good]
+        pairs = float(len(winner))
         if cfg.coupling != "pair":
-            target = samples[winner.unique()]
-            source = samples if cfg.source == "reference" else samples[loser.unique()]
-        else:
-            target = samples[winner]
-            source = samples[loser]
+            winner, loser = winner.unique(), loser.unique()
             if cfg.source == "reference":
-                source = samples[
-                    torch.randint(
-                        len(samples), (len(winner),), generator=self.generator, device=self.device
-                    )
-                ]
-        self.pool = {
-            "source": torch.cat([self.pool["source"], source]),
-            "target": torch.cat([self.pool["target"], target]),
-        }
-        metrics = {"pairs": float(len(winner)), "loss": self.fit()}
+                loser = torch.arange(len(samples), device=self.device)
+        elif cfg.source == "reference":
+            loser = self.draw(asked, rows_of(asked, winner), len(samples), len(winner))
+        new = {"source": samples[loser], "target": samples[winner]}
+        if asked is not None:
+            new |= {"source_condition": asked[loser], "condition": asked[winner]}
+        old = self.pool
+        self.pool = {k: torch.cat([old[k], v]) if k in old else v for k, v in new.items()}
+        metrics = {"pairs": pairs, "loss": self.fit()}
         if cfg.iterate and (self.rounds + 1) % cfg.iterate == 0 and len(self.pool["target"]):
             self.frozen_flows.append({k: v.clone() for k, v in self.model.state_dict().items()})
             self.fresh()
         return metrics
+
+    def draw(self, source: Tensor | None, wanted: Tensor | None, n: int, size: int) -> Tensor:
+        """``size`` random rows of ``n``; where conditions are given, of those wanted."""
+        if source is not None and wanted is not None:
+            return within(source, wanted, self.generator)
+        return torch.randint(n, (size,), generator=self.generator, device=self.device)
 
     def fit(self) -> float:
         """``updates`` gradient steps on all pairs so far; returns the mean loss."""
@@ -198,21 +223,18 @@ class PFM(Agent):
             return 0.0
         total = 0.0
         for _ in range(cfg.updates):
-            i = torch.randint(
-                len(targets), (cfg.batch,), generator=self.generator, device=self.device
-            )
-            j = i
+            i = j = self.draw(None, None, len(targets), cfg.batch)
+            asked = rows_of(self.pool.get("condition"), i)
             if cfg.coupling != "pair":
-                j = torch.randint(
-                    len(sources), (cfg.batch,), generator=self.generator, device=self.device
-                )
+                having = self.pool.get("source_condition")
+                j = self.draw(having, asked, len(sources), cfg.batch)
             y0, y1 = sources[j], targets[i]
             if cfg.coupling == "ot":
-                y0, y1 = transport_pairs(y0, y1)
+                y0, y1 = transport_pairs(y0, y1, asked)
             eps = torch.randn(y0.shape, generator=self.generator, device=self.device)
             t = stratified_uniform(cfg.batch, self.generator)
             y_t, u = pfm_point(y0, y1, t, cfg.sigma, eps)
-            loss = pfm_loss(self.model.velocity(y_t, t), u).mean()
+            loss = pfm_loss(self.model.velocity(y_t, t, asked), u).mean()
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

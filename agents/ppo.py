@@ -22,7 +22,7 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel, Reduction, gaussian_log_prob
-from prefenv.policy import Rollout
+from prefenv.policy import At, Rollout
 
 
 def advantages(reward: Tensor, clip: float) -> Tensor:
@@ -116,14 +116,14 @@ class PPO(Agent):
         scale, seen = dim * units / len(old), []
         for unit in self.minibatches(units):
             part = (starts + unit).flatten() if path else unit
-            x, index = batch.x[part], batch.index[part]
-            mean, std = policy.gaussian(x, index)
+            at = batch.at(part)
+            mean, std = policy.gaussian(*at)
             log_prob = gaussian_log_prob(batch.x_next[part], mean, std, cfg.reduction)
             log_prob, before = (
                 z.view(-1, len(unit)).sum(0) if path else z for z in (log_prob, old[part])
             )
             loss = ppo_loss(log_prob, before, advantage[unit % rows], clip_range).mean()
-            metrics = self.descend(scale * loss, rollout, x, index, mean, std)
+            metrics = self.descend(scale * loss, rollout, at, mean, std)
             seen.append({**metrics, **moved((log_prob - before).detach(), clip_range)})
         return averaged(seen)
 
@@ -133,23 +133,21 @@ class PPO(Agent):
             order = torch.randperm(n, generator=self.generator, device=self.device)
             yield from order.chunk(self.config.minibatches)
 
-    def descend(
-        self, loss: Tensor, rollout: Rollout, x: Tensor, index: Tensor, mean: Tensor, std: Tensor
-    ) -> Metrics:
+    def descend(self, loss: Tensor, rollout: Rollout, at: At, mean: Tensor, std: Tensor) -> Metrics:
         """One optimiser step down the surrogate, the KL of these steps to the reference, and the anchor."""
         cfg, kl = self.config, torch.zeros(())
         if cfg.kl_coef:
             with torch.no_grad():
-                reference_mean, _ = self.frozen.gaussian(x, index)
+                reference_mean, _ = self.frozen.gaussian(*at)
             kl = gaussian_kl(mean, reference_mean, std).mean()
             loss = loss + cfg.kl_coef * kl
         if cfg.anchor:
-            loss = loss + cfg.anchor * self.drift(rollout, len(x))
+            loss = loss + cfg.anchor * self.drift(rollout, len(mean))
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)
         self.optimizer.step()
-        self.env.ledger.nfe += len(x) * (2 if cfg.kl_coef else 1)
+        self.env.ledger.nfe += len(mean) * (2 if cfg.kl_coef else 1)
         return {"loss": float(loss.detach()), "kl": float(kl.detach())}
 
 

@@ -21,6 +21,7 @@ from prefenv.agent import Agent, Metrics
 from prefenv.device import stratified_uniform
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks.conditions import rows_of
 
 Keep = Literal["accepted", "best"]
 
@@ -82,11 +83,18 @@ class RFT(Agent):
         keep = kept(rollout.panels(rollout.judgement), self.env.desk.threshold, cfg.keep).flatten()
         pool = torch.cat([self.pool["accepted"], rollout.samples[keep]])[-cfg.memory :]
         self.pool["accepted"], loss = pool, 0.0
+        if rollout.condition is not None:
+            asked = [
+                c for c in (self.pool.get("condition"), rollout.condition[keep]) if c is not None
+            ]
+            self.pool["condition"] = torch.cat(asked)[-cfg.memory :]
         for _ in range(cfg.updates if len(pool) else 0):
             i = torch.randint(len(pool), (cfg.batch,), generator=self.generator, device=self.device)
             x0 = torch.randn(pool[i].shape, generator=self.generator, device=self.device)
             t = stratified_uniform(cfg.batch, self.generator)
-            residual = self.model.residual(x0, pool[i], t).mean()
+            residual = self.model.residual(
+                x0, pool[i], t, rows_of(self.pool.get("condition"), i)
+            ).mean()
             self.optimizer.zero_grad()
             residual.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.max_grad_norm)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefenv.errors import ConfigError
-from prefenv.oracle import Oracle
+from prefenv.oracle import Oracle, judged
 from prefenv.registry import make_oracle
 from prefenv.tasks import Task
 
@@ -74,6 +74,8 @@ class Jury(Oracle):
             raise ConfigError(f"jury: members judge panels of different sizes, {sorted(sizes)}")
         self.weights, self.combine = [w / sum(given) for w in given], combine
         self.panel_size = next(iter(sizes), None)
+        self.conditional = any(m.conditional for m in self.members)
+        self.unconditional = any(m.unconditional for m in self.members)
         self.nondeterministic = any(m.nondeterministic for m in self.members)
         self.generators = tuple(g for m in self.members for g in m.generators)
         if combine == "mean":
@@ -81,8 +83,8 @@ class Jury(Oracle):
             pairs = zip(self.weights, self.members, strict=True)
             self.threshold = sum(w * m.threshold for w, m in pairs)
 
-    def judge(self, panels: Tensor) -> Tensor:
-        values = torch.stack([m.judge(panels) for m in self.members], -1)
+    def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
+        values = torch.stack([judged(m, panels, condition) for m in self.members], -1)
         if self.combine == "mean":
             return (values * values.new_tensor(self.weights)).sum(-1)
         if panels.shape[1] > 1:

@@ -30,6 +30,7 @@ class Learned(Oracle):
     """
 
     differentiable = True
+    unconditional = True
 
     def __init__(self, task: Task, path: str, caution: float = 0.0):
         super().__init__(task)

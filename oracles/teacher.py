@@ -19,14 +19,14 @@ equal twice, so that 0.1 acts as 0.01 (here once); of two equal values it always
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError
-from prefenv.oracle import Oracle
+from prefenv.oracle import Oracle, judged, scored
 
 
 def skipped(values: Tensor, threshold: float) -> Tensor:
@@ -92,21 +92,25 @@ class Teacher(Oracle):
         if answer not in ("best", "choose"):
             raise ConfigError(f"teacher: answer must be best or choose, not {answer!r}")
         self.oracle, self.panel_size = oracle, oracle.panel_size
+        self.conditional, self.unconditional = oracle.conditional, oracle.unconditional
         self.beta, self.mistake, self.answer = beta, mistake, answer
         self.skip, self.equal = margin * skip, margin * equal
         self.generators = (make_generator(seed, stream="teacher"),)
 
-    def judge(self, panels: Tensor) -> Tensor:
-        values = self._values(panels)
+    def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
+        values = self._values(panels, condition)
         if self.answer == "choose" or panels.shape[1] == 1:
             told = self._rate(values.flatten()).view_as(values)
         else:
             told = self._choose(values, skipped(values, self.skip))
         return told.to(panels.device)
 
-    def _values(self, panels: Tensor) -> Tensor:
-        score: Any = getattr(self.oracle, "score", None)
-        values = score(panels.flatten(0, 1)) if score else self.oracle.judge(panels)
+    def _values(self, panels: Tensor, condition: Tensor | None) -> Tensor:
+        if hasattr(self.oracle, "score"):
+            each = None if condition is None else condition.repeat_interleave(panels.shape[1], 0)
+            values = scored(self.oracle, panels.flatten(0, 1), each)
+        else:
+            values = judged(self.oracle, panels, condition)
         return values.reshape(panels.shape[:2]).detach().cpu()
 
     def _rate(self, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ one file: a dataclass ``Config``, what it ``requires``, and ``update(rollout)``.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import tempfile
 import time
@@ -28,6 +29,7 @@ from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.packing import pack, unpack
 from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.tasks.conditions import rows_of, to_device
 
 Metrics = dict[str, float]
 Callback = Callable[["Agent", Metrics], Any]
@@ -42,12 +44,14 @@ class Requires:
         gradient: Whether it asks for reward gradients; its rollouts then carry them.
         log_prob: Whether it needs stochastic steps.
         noise: Whether it learns from the noise that a sample was made from.
+        unconditional: Whether it can learn only tasks without conditions.
     """
 
     panel_size: int = 1
     gradient: bool = False
     log_prob: bool = False
     noise: bool = False
+    unconditional: bool = False
 
 
 class Agent:
@@ -116,6 +120,13 @@ class Agent:
             )
         if self.requires.gradient and not self.env.desk.differentiable:
             raise ConfigError(f"{self.name} needs an oracle with a reward gradient")
+        if self.env.task.condition is not None and (
+            self.requires.unconditional
+            or "condition" not in inspect.signature(self.sample).parameters
+        ):
+            raise ConfigError(
+                f"{self.name} cannot learn {self.env.task.name!r}, a task with conditions: take another agent"
+            )
         if self.requires.log_prob and self.kernel().name == "ode":
             raise ConfigError(f"{self.name} needs a stochastic kernel")
 
@@ -190,10 +201,11 @@ class Agent:
         pick = torch.randint(len(free) * rows, (n,), generator=self.generator, device=self.device)
         index = torch.tensor(free, device=self.device)[pick // rows]
         x, t = flat[index * rows + pick % rows], self.policy.times.to(flat)[index]
+        condition = rows_of(rollout.condition, pick % rows)
         self.env.ledger.nfe += 2 * n
         with torch.no_grad():
-            target = self.reference.velocity(x, t)
-        return (self.model.velocity(x, t) - target).square().mean()
+            target = self.reference.velocity(x, t, condition)
+        return (self.model.velocity(x, t, condition) - target).square().mean()
 
     def learn(
         self,
@@ -246,11 +258,16 @@ class Agent:
         return self
 
     @torch.no_grad()
-    def sample(self, noise: Tensor) -> Tensor:
-        """Samples of model B from noises ``(n, *event_shape)``: deterministic in the noise."""
-        x = noise.to(self.device)
+    def sample(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Samples of model B from noises ``(n, *event_shape)``: deterministic in the noise.
+
+        Args:
+            noise: What they are made from.
+            condition: Of each sample, ``(n, ...)``, where the task has conditions.
+        """
+        x, condition = noise.to(self.device), to_device(condition, self.device)
         for flow in self.chain():
-            x = self.env.policy(flow).sample(x)
+            x = self.env.policy(flow).sample(x, condition)
         return x
 
     def predict(
@@ -300,6 +317,8 @@ class Agent:
 
     def _generators(self) -> list[torch.Generator]:
         own = [self.generator, self.env._generator, self.env.reference.generator]
+        if self.env.task.condition is not None:
+            own.append(self.env.condition_generator)
         return [*own, *self.env.desk.generators]
 
     def save(self, path: str | Path) -> None:

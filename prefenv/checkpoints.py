@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 def shipped(name: str) -> Path:
-    """Where a reference of ours lies: inside an installed package, or beside it in the repository."""
+    """Where ``checkpoints/NAME.safetensors`` lies: inside an installed package, or beside it in the repository."""
     for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints"):
         path = folder / f"{name}.safetensors"
         if path.exists():

@@ -95,7 +95,7 @@ class Sample:
                 *(store, policy, self.count, self.panel_size),
                 seed=self.seed,
                 paths=paths,
-                task=task.name,
+                task=task,
                 progress=after,
             )
             made = {"samples": len(store.samples()), "panels": len(store.panels())}
@@ -222,9 +222,9 @@ class CheckOracle:
 
         task = make_task(self.task)
         oracle = make_oracle(self.oracle, task)
-        samples, _ = task.data(16 * (oracle.panel_size or 2), make_generator(0))
+        samples, kind = task.data(16 * (oracle.panel_size or 2), make_generator(0))
         try:
-            check_oracle(oracle, samples)
+            check_oracle(oracle, samples, None if task.condition is None else kind)
         except ContractError as error:
             print(f"prefenv: {error}", file=sys.stderr)
             return 1

@@ -1,9 +1,9 @@
 """The environment: the state is a point on the path from noise to a shape, the action is the next point.
 
 ``FlowVectorEnv`` is the real one (batched, torch inside); ``FlowEnv`` is its one-row view. Both are Gymnasium's
-face of ``prefenv.mdp``. Observation ``Dict(x: Box(D,), t: Box(1,))``; action ``Box(D,)``; dynamics
-``x <- action``; after ``steps`` steps the sample is finished, ``terminated=True``, and the reward is the
-oracle's judgement.
+face of ``prefenv.mdp``. Observation ``Dict(x: Box(D,), t: Box(1,)[, condition])``, the condition a class or a
+vector where the task has one; action ``Box(D,)``; dynamics ``x <- action``; after ``steps`` steps the sample is
+finished, ``terminated=True``, and the reward is the oracle's judgement.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ __all__ = ["Control", "FlowEnv", "FlowVectorEnv"]
 RENDER_MODES = ["rgb_array", "human", "ansi"]
 
 
-def _noise(options: dict[str, Any] | None) -> Any:
-    """The initial noises that reset's options ask for; None = none."""
+def _start(options: dict[str, Any] | None) -> tuple[Any, Any]:
+    """The initial noises and the conditions that reset's options ask for; None = none."""
     options = dict(options or {})
-    noise = options.pop("noise", None)
+    start = options.pop("noise", None), options.pop("condition", None)
     if options:
         raise ConfigError(
-            f"unknown reset option {next(iter(options))!r}: the only one is 'noise' (all rows start together)"
+            f"unknown reset option {next(iter(options))!r}: there are 'noise' and, where the task has conditions, "
+            "'condition' (all rows start together)"
         )
-    return noise
+    return start
 
 
 class FlowVectorEnv(FlowMDP, VectorEnv):
@@ -73,7 +74,10 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
         self.array, self.render_mode = array, render_mode
         dim, bound = int(np.prod(self.task.event_shape)), float(self.task.bound)
         state = Box(-bound, bound, (dim,), np.float32)
-        self.single_observation_space = Dict({"x": state, "t": Box(0.0, 1.0, (1,), np.float32)})
+        spaces: dict[str, gym.Space] = {"x": state, "t": Box(0.0, 1.0, (1,), np.float32)}
+        if self.task.condition is not None:
+            spaces["condition"] = self.task.condition.space()
+        self.single_observation_space = Dict(spaces)
         self.single_action_space = Box(-bound, bound, (dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -83,12 +87,15 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start new samples; ``options={"noise": (num_envs, D)}`` gives shared-noise comparisons."""
-        noise = _noise(options)
+        """Start new samples; ``options={"noise": (num_envs, D)}`` gives shared-noise comparisons.
+
+        ``options={"condition": ...}``, ``(num_envs, ...)`` or one for all rows, asks for what is to be made.
+        """
+        start = _start(options)
         if seed is not None or self._np_random is None:
             super().reset(seed=seed)
             self.seed_noise(int(self.np_random.integers(2**63 - 1)))
-        x, _ = self.begin(noise)
+        x, _ = self.begin(*start)
         self._show(x)
         return self._observation(x, 0), {}
 
@@ -122,7 +129,10 @@ class FlowVectorEnv(FlowMDP, VectorEnv):
     def _observation(self, x: Tensor, i: int) -> dict[str, Any]:
         shape, dtype = (self.num_envs, 1), torch.float32
         t = torch.full(shape, float(self.reference.times[i]), dtype=dtype, device=self.device)
-        return {"x": self._face(x.flatten(1).clone()), "t": self._face(t)}
+        observation = {"x": self._face(x.flatten(1).clone()), "t": self._face(t)}
+        if self.condition is not None:
+            observation["condition"] = self._face(self.condition.clone())
+        return observation
 
     def _rows(self, observation: dict[str, Any]) -> Any:
         """Final observations: a dict of tensors, or Gymnasium's object array with one dict per row."""
@@ -194,12 +204,12 @@ class FlowEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start a new sample; ``options={"noise": (D,)}`` sets its noise."""
-        noise = _noise(options)
+        """Start a new sample; ``options={"noise": (D,), "condition": ...}`` sets its noise and condition."""
+        start = _start(options)
         if seed is not None or self._np_random is None:
             super().reset(seed=seed)
             self._vec.seed_noise(int(self.np_random.integers(2**63 - 1)))
-        x, _ = self._vec.begin(noise)
+        x, _ = self._vec.begin(*start)
         self._vec._show(x)
         return self._row(x, 0), {}
 

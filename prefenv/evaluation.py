@@ -4,6 +4,14 @@ The reference ``p_ref`` and the true reward ``r`` are known, so the optimum of `
 ``p* ~ p_ref exp(r / beta)`` and the least KL at which a mean reward can be had (the frontier) follows from rewards
 of reference samples: with ``w_i ~ exp(r_i / b)``, ``R(b) = sum w r`` and ``KL(b) = R / b - log mean exp(r / b)``.
 A, B and p* are sampled by the same ODE sampler with the same number of steps.
+
+**Conditions.** Where a task has them, all of this holds for each condition ``c`` of a fixed set of C (every class,
+or some vectors), and what is reported is the mean over them:
+
+    p*_c ~ p_ref(. | c) exp(r(., c) / beta),     D(B, p*)^2 = 1/C sum_c D(B_c, p*_c)^2
+    frontier:  R(b) = 1/C sum_c R_c(b),  KL(b) = 1/C sum_c KL_c(b),  the least mean KL at a mean reward
+
+Weights and rejection (and the largest reward in it) are each condition's own; so is diversity.
 """
 
 from __future__ import annotations
@@ -19,23 +27,35 @@ from torch import Tensor
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow, normal_log_prob
-from prefenv.oracle import ScriptedOracle
+from prefenv.oracle import ScriptedOracle, scored
 from prefenv.policy import FlowPolicy
 from prefenv.tasks import Task
+from prefenv.tasks.conditions import rows_of
 
 
 class Generator(Protocol):
     """What can be evaluated: noises to samples, and the flows that do it (none = it has no likelihood).
 
-    It may have a ``kl_bound() -> float`` too, an upper bound of its ``KL(B || A)``.
+    It may have a ``kl_bound() -> float`` too, an upper bound of its ``KL(B || A)``. Of a conditional task it makes
+    ``sample(noise, condition)``.
     """
 
     def sample(self, noise: Tensor) -> Tensor: ...
     def chain(self) -> list[RectifiedFlow]: ...
 
 
+def made(model: Any, noise: Tensor, condition: Tensor | None) -> Tensor:
+    """Samples of a model, of conditions where there are some."""
+    return model.sample(noise) if condition is None else model.sample(noise, condition)
+
+
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """``sqrt(2 E|X-Y| - E|X-X'| - E|Y-Y'|)``, unbiased under the root (U statistic), clipped at 0.
+    """The root of ``energy_square``, clipped at 0."""
+    return math.sqrt(max(energy_square(x, y), 0.0))
+
+
+def energy_square(x: Tensor, y: Tensor) -> float:
+    """``2 E|X-Y| - E|X-X'| - E|Y-Y'|``, the energy distance's square, unbiased (U statistic).
 
     Args:
         x: Samples ``(n, ...)``; n >= 2.
@@ -46,16 +66,24 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     def mean_distance(a: Tensor, b: Tensor, pairs: int) -> float:
         return sum(float(torch.cdist(part, b).sum()) for part in a.split(1024)) / pairs
 
-    square = (
+    return (
         2 * mean_distance(x, y, len(x) * len(y))
         - mean_distance(x, x, len(x) * (len(x) - 1))
         - mean_distance(y, y, len(y) * (len(y) - 1))
     )
-    return math.sqrt(max(square, 0.0))
 
 
 def frontier(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
-    """The frontier's points at temperatures ``betas``: mean reward and KL in nats, each ``(len(betas),)``."""
+    """The frontier's points at temperatures ``betas``: mean reward and KL in nats, each ``(len(betas),)``.
+
+    Args:
+        rewards: Of reference samples ``(n,)``, or of ``(C, n)``, those of each condition in a row.
+        betas: Temperatures.
+    """
+    if rewards.dim() == 2:
+        each = [torch.stack(frontier(row, betas)) for row in rewards]
+        reward, kl = torch.stack(each).mean(0)
+        return reward, kl
     r = rewards.double()
     scaled = r / betas.double()[:, None]
     weight = scaled.softmax(1)
@@ -67,11 +95,11 @@ def frontier(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
 def frontier_kl(rewards: Tensor, reward: float) -> float:
     """The least KL in nats at which the mean reward can be ``reward``; 0 at or below the reference's own.
 
-    Infinite above the largest reward that the reference was seen to make.
+    Infinite above the largest reward that the reference was seen to make. ``rewards`` as in ``frontier``.
     """
     if reward <= float(rewards.double().mean()):
         return 0.0
-    if reward >= float(rewards.max()):
+    if reward >= float(rewards.amax(-1).mean()):
         return math.inf
     low, high = -9.0, 9.0  # log10 of beta; the reward falls with beta
     for _ in range(100):
@@ -88,16 +116,16 @@ def optimum_weights(rewards: Tensor, beta: float) -> tuple[Tensor, float]:
 
 
 def optimum_samples(
-    samples: Tensor, rewards: Tensor, beta: float, generator: torch.Generator
+    samples: Tensor, rewards: Tensor, beta: float, generator: torch.Generator, least: int = 100
 ) -> Tensor:
     """Independent draws of ``p*`` by rejection: a sample stays with probability ``exp((r - max r) / beta)``.
 
     Raises:
-        ConfigError: Too few are left to say anything (fewer than 100): beta is too small for this reference.
+        ConfigError: Fewer than ``least`` are left, too few to say anything: beta is too small for this reference.
     """
     keep = ((rewards - rewards.max()) / beta).exp()
     chosen = samples[torch.rand(len(keep), generator=generator).to(keep.device) < keep]
-    if len(chosen) < 100:
+    if len(chosen) < least:
         raise ConfigError(
             f"only {len(chosen)} of {len(samples)} reference samples survive the tilt at beta={beta}; "
             "raise beta or use more reference samples"
@@ -106,12 +134,18 @@ def optimum_samples(
 
 
 def chain_log_prob(
-    flows: list[RectifiedFlow], noise: Tensor, steps: int, generator: torch.Generator
+    flows: list[RectifiedFlow],
+    noise: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Samples of a chain of flows from ``noise``, by RK4, and their log-likelihoods under it."""
     x, log_prob = noise, normal_log_prob(noise)
     for flow in flows:
-        x, log_det = flow.integrate_with_log_det(x, steps, "rk4", generator=generator)
+        x, log_det = flow.integrate_with_log_det(
+            x, steps, "rk4", condition=condition, generator=generator
+        )
         log_prob = log_prob - log_det
     return x, log_prob
 
@@ -122,13 +156,20 @@ def kl_divergence(
     n: int = 256,
     steps: int = 16,
     seed: int = 0,
+    conditions: Tensor | None = None,
 ) -> tuple[float, float]:
-    """``KL(B || A)`` in nats by the flows' log-likelihoods (RK4, Hutchinson), and its standard error."""
+    """``KL(B || A)`` in nats by the flows' log-likelihoods (RK4, Hutchinson), and its standard error.
+
+    With conditions ``(C, ...)`` it is the mean over them, about ``n / C`` samples of each.
+    """
     device = reference.device
     rng = make_generator(seed, device, "evaluation kl")
     noise = torch.randn(n, *reference.event_shape, generator=rng, device=device)
-    x, log_b = chain_log_prob(flows, noise, steps, rng)
-    log_a = reference.log_prob(x, steps, "rk4", generator=rng)
+    condition = None
+    if conditions is not None:
+        condition = conditions[torch.arange(n) % len(conditions)].to(device)
+    x, log_b = chain_log_prob(flows, noise, steps, rng, condition)
+    log_a = reference.log_prob(x, steps, "rk4", condition=condition, generator=rng)
     gap = (log_b - log_a).double()
     return float(gap.mean()), float(gap.std() / math.sqrt(n))
 
@@ -182,7 +223,16 @@ class Judge:
         beta: Temperature; None = the task's.
         n_reference: Reference samples behind the optimum and the frontier.
         n: Samples of each side of a distance.
+
+    Attributes:
+        conditions: The fixed set ``(C, ...)``; None = the task has none.
+        label: Which of them each of ``samples`` is of; likewise of ``optimum`` and ``noise``.
     """
+
+    conditions: Tensor | None = None
+    label: Tensor | None = None
+    optimum_label: Tensor | None = None
+    noise_label: Tensor | None = None
 
     def __init__(
         self,
@@ -199,41 +249,87 @@ class Judge:
             raise ConfigError("evaluation needs an oracle with a true score (a scripted one)")
         self.reference, self.task, self.oracle, self.steps = reference, task, oracle, steps
         self.beta = task.beta if beta is None else beta
+        self.conditions = None if task.condition is None else task.fixed_conditions()
+        count = 1 if self.conditions is None else len(self.conditions)
         rng = make_generator(0, stream="evaluation reference")
-        noise = torch.randn(n_reference, *task.event_shape, generator=rng)
+        self.label = self._labels([n_reference // count] * count)
+        noise = torch.randn(n_reference // count * count, *task.event_shape, generator=rng)
         policy = FlowPolicy(reference, steps=steps, shift=task.shift)
-        self.samples = torch.cat([policy.sample(part).cpu() for part in noise.split(4096)])
-        self.rewards = oracle.score(self.samples)
-        chosen = optimum_samples(self.samples, self.rewards, self.beta, rng)
-        half = min(n, len(chosen) // 2)
-        self.optimum, other = chosen[:half], chosen[half : 2 * half]
-        weight, self.effective_size = optimum_weights(self.rewards, self.beta)
-        self.optimum_reward = float((weight * self.rewards).sum())
-        self.optimum_kl = float(frontier(self.rewards, torch.tensor([self.beta]))[1])
-        self.distance = energy_distance(self.samples[:n], self.optimum)
+        rows = torch.arange(len(noise)).split(4096)
+        asked = self.asked(self.label)
+        self.samples = torch.cat([policy.sample(noise[i], rows_of(asked, i)).cpu() for i in rows])
+        self.rewards = scored(oracle, self.samples, asked)
+        cases = list(
+            zip(*(split(v, self.label) for v in (self.samples, self.rewards)), strict=True)
+        )
+        chosen = [optimum_samples(*case, self.beta, rng, max(10, 100 // count)) for case in cases]
+        half = [min(n // count, len(x) // 2) for x in chosen]
+        self.optimum = torch.cat([x[:h] for x, h in zip(chosen, half, strict=True)])
+        other = torch.cat([x[h : 2 * h] for x, h in zip(chosen, half, strict=True)])
+        self.optimum_label = self._labels(half)
+        weights = [optimum_weights(r, self.beta) for _, r in cases]
+        self.effective_size = sum(size for _, size in weights)
+        means = [float((w * r).sum()) for (w, _), (_, r) in zip(weights, cases, strict=True)]
+        self.optimum_reward = sum(means) / count
+        self.optimum_kl = float(frontier(self.table(), torch.tensor([self.beta]))[1])
+        self.noise_label = self._labels([n // count] * count)
+        begin = torch.cat([x[: n // count] for x, _ in cases])
+        self.distance = self._distance(begin, self.noise_label)
         if self.distance == 0:
             raise ConfigError(
                 f"at beta={self.beta} the optimum is no other than the reference: lower beta, or take an oracle "
                 "that tells its samples apart"
             )
-        self.spread = _spread(self.optimum[self.optimum_rewards() >= oracle.threshold])
-        self.optimum_score = self.score(other)
+        good = self.optimum_rewards() >= oracle.threshold
+        self.spread = _spread(self.optimum[good], rows_of(self.optimum_label, good))
+        self.optimum_score = 1 - self._distance(other, self.optimum_label) / self.distance
         model_noise = make_generator(0, stream="evaluation model")
-        self.noise = torch.randn(n, *task.event_shape, generator=model_noise)
+        self.noise = torch.randn(n // count * count, *task.event_shape, generator=model_noise)
+
+    def _labels(self, sizes: list[int]) -> Tensor | None:
+        """Which condition each row is of, so many rows of each; None where there are none."""
+        if self.conditions is None:
+            return None
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+    def asked(self, label: Tensor | None) -> Tensor | None:
+        """The conditions of rows."""
+        return None if label is None or self.conditions is None else self.conditions[label]
+
+    def table(self) -> Tensor:
+        """Rewards of the reference's samples, ``(n,)``, or ``(C, n)`` where there are conditions."""
+        return self.rewards if self.label is None else torch.stack(split(self.rewards, self.label))
+
+    def _distance(self, samples: Tensor, label: Tensor | None) -> float:
+        """``sqrt(mean_c D_c^2)`` to the optimum."""
+        pairs = zip(split(samples, label), split(self.optimum, self.optimum_label), strict=True)
+        squares = [energy_square(x, y) for x, y in pairs]
+        return math.sqrt(max(sum(squares) / len(squares), 0.0))
 
     def score(self, samples: Tensor) -> float:
-        """``1 - D(samples, p*) / D(A, p*)``."""
-        return 1 - energy_distance(samples, self.optimum) / self.distance
+        """``1 - D(samples, p*) / D(A, p*)`` of samples made of ``noise``, in its order."""
+        return 1 - self._distance(samples, self.noise_label) / self.distance
+
+    def shown(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """A few noises to draw samples of, and their conditions: each in turn."""
+        if self.conditions is None:
+            return self.noise[:n], None
+        i, count = torch.arange(n), len(self.conditions)
+        return self.noise[i % count * (len(self.noise) // count) + i // count], self.conditions[
+            i % count
+        ]
 
     def evaluate(self, model: Generator, *, kl: bool = True) -> Evaluation:
         """Evaluate a model; ``kl=False`` leaves the likelihoods out (NaN)."""
-        samples = model.sample(self.noise).cpu()
-        rewards = self.oracle.score(samples)
+        asked = self.asked(self.noise_label)
+        samples = made(model, self.noise, asked).cpu()
+        rewards = scored(self.oracle, samples, asked)
         accepted = rewards >= self.oracle.threshold
         nats, stderr, flows = math.nan, math.nan, model.chain()
         if kl and flows:
-            nats, stderr = kl_divergence(flows, self.reference)
+            nats, stderr = kl_divergence(flows, self.reference, conditions=self.conditions)
         reward = float(rewards.double().mean())
+        spread = _spread(samples[accepted], rows_of(self.noise_label, accepted))
         return Evaluation(
             reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
             preferred_rate=float(accepted.double().mean()),
@@ -244,25 +340,30 @@ class Judge:
             kl_nats=nats,
             kl_stderr=stderr,
             kl_bound_nats=getattr(model, "kl_bound", lambda: math.nan)(),
-            frontier_kl_nats=frontier_kl(self.rewards, reward),
+            frontier_kl_nats=frontier_kl(self.table(), reward),
             residual=float(self.task.residual(samples).median()),
             reference_residual=float(self.task.residual(self.samples).median()),
-            diversity=_spread(samples[accepted]) / self.spread if self.spread else math.nan,
+            diversity=spread / self.spread if self.spread else math.nan,
             optimum_effective_size=self.effective_size,
         )
 
     def optimum_rewards(self) -> Tensor:
         """True scores of the optimum's samples."""
-        return self.oracle.score(self.optimum)
+        return scored(self.oracle, self.optimum, self.asked(self.optimum_label))
 
     def frontier_curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Rewards and KLs of the frontier from the reference to near the best seen reward."""
-        reward, kl = frontier(self.rewards, torch.logspace(2, -3, points))
+        reward, kl = frontier(self.table(), torch.logspace(2, -3, points))
         return reward.numpy(), kl.numpy()
 
 
-def _spread(x: Tensor) -> float:
-    """Mean distance between two samples; 0 for fewer than two."""
-    if len(x) < 2:
-        return 0.0
-    return float(torch.pdist(x.flatten(1)[:2048]).mean())
+def split(values: Tensor, label: Tensor | None) -> list[Tensor]:
+    """Rows by condition; all of them, where there are none."""
+    return [values] if label is None else [values[label == i] for i in range(int(label.max()) + 1)]
+
+
+def _spread(x: Tensor, label: Tensor | None = None) -> float:
+    """Mean distance between two samples (of a condition, averaged over those that have two); 0 for fewer."""
+    groups = [group for group in split(x, label) if len(group) > 1] if len(x) else []
+    each = [float(torch.pdist(group.flatten(1)[:2048]).mean()) for group in groups]
+    return sum(each) / len(each) if each else 0.0

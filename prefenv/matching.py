@@ -17,6 +17,7 @@ from prefenv.device import stratified_uniform
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks.conditions import rows_of
 
 
 class Points(NamedTuple):
@@ -30,7 +31,7 @@ class Points(NamedTuple):
 
     def rows(self, index: Tensor) -> Points:
         """Some of them."""
-        condition = None if self.condition is None else self.condition[index]
+        condition = rows_of(self.condition, index)
         return Points(
             self.x[index], self.t[index], self.target[index], self.sample[index], condition
         )
@@ -97,7 +98,7 @@ class MatchingAgent(Agent):
             window: Times are ``from <= t < to``, by the law of the reference's training, scaled.
         """
         x1, groups = self.pool["sample"][rows], len(rows) // shared
-        condition = self.pool["condition"][rows] if "condition" in self.pool else None
+        condition = rows_of(self.pool.get("condition"), rows)
         x0 = torch.randn(groups, *x1.shape[1:], generator=self.generator, device=self.device)
         x0 = x0.repeat_interleave(shared, 0)
         u = stratified_uniform(groups, self.generator) ** self.env.task.train.early

@@ -24,6 +24,7 @@ from prefenv.oracle import Desk, Ledger, Oracle
 from prefenv.policy import FlowPolicy
 from prefenv.registry import make_oracle, make_task
 from prefenv.tasks import Task
+from prefenv.tasks.conditions import panels_of, to_device
 
 Control = Literal["state", "noise"]
 
@@ -63,6 +64,7 @@ class FlowMDP:
         times: The grid of times of an episode, ``(steps + 1,)``, from 0 to 1.
         clipped: Coordinates of each row clipped to the task's bound in this episode, ``(num_envs,)``.
         noise: Initial noises ``(n, *event_shape)`` of the samples last put before the oracle; None = not known.
+        condition: Of each row, ``(num_envs, ...)``, one for each panel; None = the task has none.
 
     Raises:
         ConfigError: Settings that do not fit together.
@@ -128,6 +130,14 @@ class FlowMDP:
                 f"this oracle judges panels of {oracle.panel_size}: set panel_size={oracle.panel_size}, not "
                 f"{panel_size}"
             )
+        has = self.task.condition is not None
+        if (oracle.conditional and not has) or (oracle.unconditional and has):
+            need = (
+                "judges samples of a condition" if oracle.conditional else "does not see conditions"
+            )
+            raise ConfigError(
+                f"this oracle {need}, and task {self.task.name!r} has {'some' if has else 'none'}: take another"
+            )
         self.ledger = Ledger(max_queries)
         self.desk = Desk(oracle, self.ledger)
         self._x: Tensor | None = None
@@ -136,6 +146,8 @@ class FlowMDP:
         self.gradient: Tensor | None = None
         self.noise: Tensor | None = None
         self._start: Tensor | None = None
+        self.condition: Tensor | None = None
+        self.condition_generator = make_generator(0, stream="conditions")
         self.clipped = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
 
     def policy(
@@ -148,27 +160,31 @@ class FlowMDP:
         return FlowPolicy(flow, kernel, self.steps, generator, self.task.shift)
 
     @torch.no_grad()
-    def begin(self, noise: Any = None) -> tuple[Tensor, Tensor | None]:
+    def begin(self, noise: Any = None, condition: Any = None) -> tuple[Tensor, Tensor | None]:
         """Start new samples.
 
         Args:
             noise: Initial noises ``(num_envs, *event_shape)`` or ``(num_envs, D)``; None = drawn from the env's
                 generator.
+            condition: Of each row, ``(num_envs, ...)``, or one for all; None = drawn, one for each panel.
 
         Returns:
             States ``(num_envs, *event_shape)`` and conditions (None: this task has none).
 
         Raises:
-            ConfigError: The noise has another shape.
+            ConfigError: The noise has another shape, or the conditions are not the task's, one for each panel.
             NonFiniteError: The noise holds NaN or infinity.
         """
         if noise is None:
             noise = torch.randn(self._shapes[0], generator=self._generator, device=self.device)
-        self._x, _ = self._clip(self._batch(noise, "noise"), "the noise")
+        state, _ = self._clip(self._batch(noise, "noise"), "the noise")
+        rows = self.num_envs, self.panel_size
+        asked = self.task.conditions(condition, *rows, self.condition_generator)
+        self.condition, self._x = to_device(asked, self.device), state
         self._start, self._i = self._x, 0
         self.clipped = torch.zeros_like(self.clipped)
         self.judgement = torch.full_like(self.judgement, torch.nan)
-        return self._x, None
+        return self._x, self.condition
 
     @torch.no_grad()
     def advance(self, action: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
@@ -195,7 +211,7 @@ class FlowMDP:
         reward = self._kl_reward(action) if self.kl_coef else action.new_zeros(self.num_envs)
         nfe = self.num_envs
         if self.control == "noise":
-            self._start, sample = state, self.reference.sample(state)
+            self._start, sample = state, self.reference.sample(state, self.condition)
             state, outside = self._clip(sample, "the reference's sample (are its weights damaged?)")
             clipped, nfe = clipped + outside, nfe * self.steps
         elif self.kl_coef:
@@ -204,33 +220,45 @@ class FlowMDP:
         if last:
             if gradient:
                 self.noise = self._start
-                self.judgement, self.gradient = self.desk.gradient(state)
+                self.judgement, self.gradient = self.desk.gradient(state, self.condition)
             else:
-                self.judgement, self.gradient = self.judge(state, self._start), None
+                self.gradient = None
+                self.judgement = self.judge(state, self._start, self.condition)
             reward = reward + self.judgement.masked_fill(self.judgement.isnan(), 0.0)
         self.ledger.nfe += nfe
         self.clipped = self.clipped + clipped
         self._x, self._i = (None if last else state), self._i + 1
         return state, reward
 
-    def judge(self, samples: Tensor, noise: Tensor | None = None) -> Tensor:
+    def judge(
+        self, samples: Tensor, noise: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Ask the oracle about any samples ``(m K, *event_shape)``, booked like all questions; ``(m K,)``.
 
         Args:
             samples: Finished samples.
             noise: What they were made from, of the same shape, where that is known.
+            condition: Of each sample, one for each panel, where the task has conditions.
         """
         if len(samples) % self.panel_size:
             raise ConfigError(
                 f"{len(samples)} samples do not fill panels of {self.panel_size}; give a multiple"
             )
+        if (condition is None) != (self.task.condition is None):
+            need = "has none" if self.task.condition is None else "wants one for each sample"
+            raise ConfigError(f"about the condition: task {self.task.name!r} {need}")
+        asked = panels_of(condition, self.panel_size)
         self.noise = noise
-        return self.desk.judge(samples.unflatten(0, (-1, self.panel_size))).flatten()
+        return self.desk.judge(samples.unflatten(0, (-1, self.panel_size)), asked).flatten()
 
     def seed_noise(self, seed: int) -> None:
-        """Seed the generators of initial noises and, apart from them, of ``reference``'s steps."""
-        for generator, stream in ((self._generator, "env"), (self.reference.generator, "steps")):
-            generator.set_state(make_generator(seed, self.device, stream).get_state())
+        """Seed the generators of initial noises and, apart from them, of ``reference``'s steps and conditions."""
+        for generator, stream in (
+            (self._generator, "env"),
+            (self.reference.generator, "steps"),
+            (self.condition_generator, "conditions"),
+        ):
+            generator.set_state(make_generator(seed, generator.device, stream).get_state())
 
     def _batch(self, values: Any, what: str) -> Tensor:
         """Values as float32 rows ``(num_envs, *event_shape)`` on the device."""
@@ -255,7 +283,7 @@ class FlowMDP:
             gap, std = action, 1.0
         else:
             assert self._x is not None
-            v = self.reference.velocity(self._x, self._i)
+            v = self.reference.velocity(self._x, self._i, self.condition)
             gap = action - self.reference.mean(self._x, v, self._i)
             std = self.reference.std(self._i)
         square = gap.flatten(1).square()

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefenv.errors import ConfigError
+
 VelocityAt = Callable[[Tensor], Tensor]
 
 
@@ -35,7 +37,7 @@ class VelocityField(nn.Module):
         Args:
             x: Points on the path, ``(B, *event_shape)``.
             t: Time in [0, 1], a scalar or ``(B,)``; 0 = noise, 1 = data.
-            condition: Class of each row, ``(B,)`` integers, where the task has one.
+            condition: Of each row, where the task has one: classes ``(B,)`` or vectors ``(B, dim)``.
 
         Returns:
             Velocities, ``(B, *event_shape)``.
@@ -49,6 +51,53 @@ class VelocityField(nn.Module):
         """
         return [lambda x, t=t: self(x, t, condition) for t in times]  # type: ignore[misc]
 
+    def plain(self) -> VelocityField:
+        """What flow matching trains: the field itself, or the one inside that it guides."""
+        return self
+
+
+class GuidedVelocity(VelocityField):
+    """Classifier-free guidance: ``v_null + weight (v_cond - v_null)`` (Ho & Salimans 2022, arXiv 2207.12598).
+
+    One evaluation of it, in the ledger too, is one of both.
+
+    Args:
+        field: A field that knows a null condition.
+        null: Conditions to as many null ones.
+        weight: 1 = the field itself; above, samples are more typical of their condition.
+    """
+
+    def __init__(self, field: VelocityField, null: Callable[[Tensor], Tensor], weight: float = 1.0):
+        super().__init__(field.event_shape)
+        self.field, self.null, self.weight = field, null, float(weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.weight == 1.0 or condition is None:
+            return self.field(x, t, condition)
+        both = torch.cat([condition, self.null(condition)])
+        twice = t.repeat(2) if t.dim() else t
+        told, silent = self.field(torch.cat([x, x]), twice, both).chunk(2)
+        return torch.lerp(silent, told, self.weight)
+
+    def at(self, times: Tensor, condition: Tensor | None = None) -> list[VelocityAt]:
+        if self.weight == 1.0:
+            return self.field.at(times, condition)
+        return super().at(times, condition)
+
+    def plain(self) -> VelocityField:
+        return self.field
+
+
+def needed(condition: Tensor | None) -> Tensor:
+    """The condition of a field that is nothing without one.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    if condition is None:
+        raise ConfigError("this velocity is conditional: give the condition of each row")
+    return condition
+
 
 class VelocityMLP(VelocityField):
     """A residual MLP: pre-norm blocks ``h + W2 silu(W1 norm(h))``, time and condition in the first bias.
@@ -58,7 +107,8 @@ class VelocityMLP(VelocityField):
         width: Channels of the hidden layers.
         blocks: Residual blocks.
         frequencies: Sine and cosine features of ``t``, geometric from 1 to 100 rad.
-        classes: Number of conditions; 0 = unconditional.
+        classes: Number of conditions; 0 = none.
+        vector: Length of a condition that is a vector (NaN = not given); 0 = none.
     """
 
     def __init__(
@@ -68,6 +118,7 @@ class VelocityMLP(VelocityField):
         blocks: int = 3,
         frequencies: int = 32,
         classes: int = 0,
+        vector: int = 0,
     ):
         super().__init__(event_shape)
         dim = math.prod(self.event_shape)
@@ -76,10 +127,12 @@ class VelocityMLP(VelocityField):
             "blocks": blocks,
             "frequencies": frequencies,
             "classes": classes,
+            "vector": vector,
         }
         self.inp = nn.Linear(dim, width)
         self.time = nn.Linear(2 * frequencies, width, bias=False)
         self.label = nn.Embedding(classes, width) if classes else None
+        self.given = nn.Linear(vector, width) if vector else None
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
         self.ups = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
         self.downs = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
@@ -94,7 +147,13 @@ class VelocityMLP(VelocityField):
         """First-layer bias from time and condition, ``(*t.shape, width)`` or ``(B, width)``."""
         angle = t.to(self.inp.weight.dtype)[..., None] * self.get_buffer("frequency")
         bias = self.time(torch.cat([angle.sin(), angle.cos()], -1)) + self.inp.bias
-        return bias if self.label is None or condition is None else bias + self.label(condition)
+        if self.label is not None:
+            return bias + self.label(needed(condition))
+        if self.given is not None:
+            c = needed(condition)
+            known = ~c.isnan().any(-1, keepdim=True)
+            return bias + self.given(c.nan_to_num()) * known
+        return bias
 
     def _body(self, x: Tensor, bias: Tensor) -> Tensor:
         inplace = not torch.is_grad_enabled()

@@ -21,6 +21,8 @@ from prefenv.errors import ConfigError, FeedbackError
 from prefenv.feedback import FeedbackStore, Panel, Sample, model_hash
 from prefenv.feedback.files import Feedback, read_feedback
 from prefenv.policy import FlowPolicy, Rollout
+from prefenv.tasks import Task
+from prefenv.tasks.conditions import from_texts, panels_of, to_text
 
 
 def need_offline(agent: Agent) -> None:
@@ -51,7 +53,7 @@ def make_samples(
     *,
     seed: int = 0,
     paths: bool = False,
-    task: str | None = None,
+    task: str | Task | None = None,
     progress: Callable[[list[Panel]], None] = lambda panels: None,
 ) -> None:
     """Put ``count`` samples of a policy as questions into a store; the same call again adds nothing.
@@ -63,7 +65,7 @@ def make_samples(
         panel_size: Samples shown together.
         seed: Seed of their noises and steps.
         paths: Keep all states and log-probabilities, for agents that need them.
-        task: The task's name.
+        task: The task, for its conditions (one drawn for each panel), or its name.
         progress: Called with each few panels.
 
     Raises:
@@ -73,14 +75,26 @@ def make_samples(
         raise ConfigError(f"{count} samples do not fill panels of {panel_size}; give a multiple")
     device = policy.flow.device
     policy.generator.set_state(make_generator(seed, device, "steps").get_state())
-    known = {"task": task, "model": model_hash(policy.flow), "seed": seed, "info": origin(policy)}
+    kind = None if isinstance(task, str) else task
+    known = {
+        "task": task if kind is None else kind.name,
+        "model": model_hash(policy.flow),
+        "seed": seed,
+        "info": origin(policy),
+    }
     generator, size = make_generator(seed, device, "sample"), panel_size * max(1, 64 // panel_size)
+    asking = make_generator(seed, stream="sample conditions")
     for first in range(0, count, size):
         n = min(size, count - first)
         x = torch.randn(n, *policy.flow.event_shape, generator=generator, device=device)
+        condition = None
+        if kind is not None and kind.condition is not None:
+            drawn = kind.draw_conditions(n // panel_size, asking)
+            known["condition"] = [to_text(c) for c in drawn]
+            condition = drawn.repeat_interleave(panel_size, 0).to(device)
         path, log_prob = [x], []
         for i in range(policy.steps):
-            x, told = policy.act(x, i)
+            x, told = policy.act(x, i, condition)
             path.append(x)
             log_prob.append(torch.zeros(n, device=device) if told is None else told)
 
@@ -143,13 +157,17 @@ def _rollout(rows: list[tuple[Sample, float | None]], agent: Agent, paths: bool)
         states.append(sample.path if paths else np.stack([noise, sample.x]))
         log_probs.append(sample.log_prob if paths else np.zeros(1, np.float32))
     judgement = torch.tensor([float("nan") if v is None else v for _, v in rows])
-    device = agent.device
+    device, condition = agent.device, None
+    if (kind := agent.env.task.condition) is not None:
+        condition = from_texts([sample.condition for sample, _ in rows], kind).to(device)
+        panels_of(condition, agent.env.panel_size)
     return Rollout(
         torch.from_numpy(np.stack(states, 1)).to(device),
         torch.from_numpy(np.stack(log_probs, 1)).to(device),
         judgement.to(device),
         judgement.nan_to_num(0.0).to(device),
         agent.env.panel_size,
+        condition,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from prefenv.errors import BudgetSpentError, ConfigError, NonFiniteError, NotDifferentiableError
 from prefenv.tasks import Task
 
-Answer = Literal["score", "choose", "best"]
+Answer = Literal["score", "choose", "best", "extremes"]
 
 
 class Oracle:
@@ -24,6 +24,8 @@ class Oracle:
     Attributes:
         panel_size: The only panel size it can judge; None = any.
         differentiable: Whether judgements carry gradients to the samples.
+        conditional: Whether ``judge`` and ``score`` are told the condition too.
+        unconditional: Whether it cannot judge where there are conditions, since it would not see them.
         nondeterministic: Whether the same panel may be judged differently twice.
         threshold: A judgement of at least this is an acceptance.
         generators: Sources of its randomness; agents save them, so that a run goes on exactly.
@@ -31,6 +33,8 @@ class Oracle:
 
     panel_size: int | None = None
     differentiable: bool = False
+    conditional: bool = False
+    unconditional: bool = False
     nondeterministic: bool = False
     threshold: float = 0.5
     generators: tuple[torch.Generator, ...] = ()
@@ -39,11 +43,25 @@ class Oracle:
         self.task = task
 
     def judge(self, panels: Tensor) -> Tensor:
-        """Judge panels ``(m, K, *event_shape)``; returns ``(m, K)``, NaN = no answer."""
+        """Judge panels ``(m, K, *event_shape)``; returns ``(m, K)``, NaN = no answer.
+
+        A conditional oracle's is ``judge(panels, condition)``, the condition of each panel ``(m, ...)``.
+        """
         raise NotImplementedError
 
     def publish(self, agent: Any, metrics: dict[str, float]) -> None:
         """Show those who answer how far an agent is; a run calls it at its start and after every round."""
+
+
+def judged(oracle: Oracle, panels: Tensor, condition: Tensor | None = None) -> Tensor:
+    """What an oracle, conditional or not, says of panels ``(m, K, *event_shape)`` of conditions ``(m, ...)``."""
+    judge: Any = oracle.judge
+    return judge(panels, condition) if oracle.conditional else judge(panels)
+
+
+def scored(oracle: Any, samples: Tensor, condition: Tensor | None = None) -> Tensor:
+    """The true values ``(n,)`` of samples ``(n, *event_shape)`` of conditions ``(n, ...)``."""
+    return oracle.score(samples, condition) if oracle.conditional else oracle.score(samples)
 
 
 class ScriptedOracle(Oracle):
@@ -53,7 +71,8 @@ class ScriptedOracle(Oracle):
         task: The task whose samples it judges.
         answer: How it tells what it thinks: ``score`` = the value itself (a rating per sample); ``choose`` = 1
             for every sample at or above the threshold, 0 for the rest; ``best`` = 1 for the best of the panel
-            (a pair is a panel of 2), equal best samples share it.
+            (a pair is a panel of 2), equal best samples share it; ``extremes`` = PFM's pairs, 1 for the best and
+            0 for the worst of the panel, no answer to the others.
     """
 
     differentiable = True
@@ -66,18 +85,30 @@ class ScriptedOracle(Oracle):
         self.differentiable = answer == "score"
 
     def score(self, samples: Tensor) -> Tensor:
-        """The true value of each sample ``(n, *event_shape)``, ``(n,)``. For evaluation, not for agents."""
+        """The true value of each sample ``(n, *event_shape)``, ``(n,)``. For evaluation, not for agents.
+
+        A conditional oracle's is ``score(samples, condition)``, the condition of each sample ``(n, ...)``.
+        """
         raise NotImplementedError
 
-    def judge(self, panels: Tensor) -> Tensor:
-        scores = self.score(panels.flatten(0, 1)).view(panels.shape[:2])
+    def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
+        each = None if condition is None else condition.repeat_interleave(panels.shape[1], 0)
+        scores = scored(self, panels.flatten(0, 1), each).view(panels.shape[:2])
         return _ANSWERS[self.answer](scores, self.threshold)
+
+
+def _extremes(scores: Tensor) -> Tensor:
+    """1 for the largest and 0 for the least of each row, NaN for the others; the first of equals."""
+    told = torch.full_like(scores, torch.nan)
+    told.scatter_(1, scores.argmin(1, keepdim=True), 0.0)
+    return told.scatter_(1, scores.argmax(1, keepdim=True), 1.0)
 
 
 _ANSWERS = {
     "score": lambda s, threshold: s,
     "choose": lambda s, threshold: (s >= threshold).to(s.dtype),
     "best": lambda s, threshold: (s == s.amax(1, keepdim=True)).to(s.dtype),
+    "extremes": lambda s, threshold: _extremes(s),
 }
 
 
@@ -164,8 +195,11 @@ class Desk:
         self._oracle.publish(agent, metrics)
 
     @torch.no_grad()
-    def judge(self, panels: Tensor) -> Tensor:
-        """Ask about panels ``(m, K, *event_shape)``; returns float32 ``(m, K)``, NaN = no answer.
+    def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Ask about panels ``(m, K, *event_shape)``, of conditions ``(m, ...)`` where the task has some.
+
+        Returns:
+            Judgements float32 ``(m, K)``, NaN = no answer.
 
         Raises:
             BudgetSpentError: The budget does not cover them; they are not asked.
@@ -175,7 +209,7 @@ class Desk:
         m, k = panels.shape[:2]
         self._fits(k)
         self.ledger.afford(m * k)
-        answer = torch.as_tensor(self._oracle.judge(panels), dtype=torch.float32)
+        answer = torch.as_tensor(judged(self._oracle, panels, condition), dtype=torch.float32)
         if answer.shape != (m, k):
             raise ConfigError(f"the oracle answered {tuple(answer.shape)}, expected {(m, k)}")
         if bool(answer.isinf().any()):
@@ -185,7 +219,7 @@ class Desk:
         self.ledger.charge(m, m * k)
         return answer.to(panels.device)
 
-    def gradient(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, samples: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Judgements ``(n,)`` and their gradient ``(n, *event_shape)``, samples judged one by one.
 
         Where there is no answer (NaN), or an answer that does not depend on the sample, the gradient is 0.
@@ -201,7 +235,7 @@ class Desk:
         self.ledger.afford(len(samples))
         with torch.enable_grad():
             x = samples.detach().requires_grad_(True)
-            reward = self._oracle.judge(x[:, None])[:, 0]
+            reward = judged(self._oracle, x[:, None], condition)[:, 0]
             (grad,) = (
                 torch.autograd.grad(reward.sum(), x)
                 if reward.requires_grad

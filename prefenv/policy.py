@@ -20,9 +20,14 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow, time_grid
 from prefenv.kernels import Kernel, Reduction, gaussian_log_prob
 from prefenv.networks import VelocityAt
+from prefenv.tasks.conditions import rows_of, to_device
 
 if TYPE_CHECKING:
     from prefenv.envs import FlowVectorEnv
+
+
+# States, the steps that start there, and the conditions, where there are any.
+At = tuple[Tensor, Tensor, Tensor | None]
 
 
 class FlowPolicy:
@@ -169,7 +174,8 @@ class FlowPolicy:
         """As in Stable-Baselines3: actions for observations, and the (unused) state.
 
         Args:
-            observation: ``x`` ``(D,)`` or ``(n, D)`` with ``t`` ``(1,)`` or ``(n, 1)``, numpy or torch.
+            observation: ``x`` ``(D,)`` or ``(n, D)`` with ``t`` ``(1,)`` or ``(n, 1)``, and ``condition`` where
+                there is one, numpy or torch.
             state: Unused.
             episode_start: Unused.
             deterministic: Take the ODE's step instead of the kernel's draw.
@@ -188,17 +194,19 @@ class FlowPolicy:
             i, last = (round(self.shift * t / (1 - t + self.shift * t) * self.steps) for t in times)
         if i >= self.steps or last != i:
             raise ConfigError("predict wants rows at one common time of its grid, 0 <= t < 1")
+        rows = x.reshape(-1, *self.flow.event_shape)
         condition = observation.get("condition")
         if condition is not None:
-            condition = torch.as_tensor(condition).reshape(-1).to(device)
-        rows = x.reshape(-1, *self.flow.event_shape)
+            condition = torch.as_tensor(condition).to(device)
+            shape = (-1,) if not condition.is_floating_point() else (len(rows), -1)
+            condition = condition.reshape(shape)
         action = self.act(rows, i, condition, deterministic)[0].reshape(x.shape)
         return (action.cpu().numpy() if isinstance(given, np.ndarray) else action), state
 
     @torch.no_grad()
     def sample(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Finished samples by the ODE, ``(n, *event_shape)``: deterministic in the noise."""
-        x = noise.to(self.flow.device)
+        x, condition = noise.to(self.flow.device), to_device(condition, self.flow.device)
         with self.hold(x, condition):
             for i in range(self.steps):
                 x, _ = self.act(x, i, condition, deterministic=True)
@@ -206,13 +214,18 @@ class FlowPolicy:
 
 
 class Transitions(NamedTuple):
-    """Steps of a rollout as one batch of N: states, next states, step index, log-probability, row."""
+    """Steps of a rollout as one batch of N: states, next states, step index, log-probability, row, condition."""
 
     x: Tensor
     x_next: Tensor
     index: Tensor
     log_prob: Tensor
     row: Tensor
+    condition: Tensor | None = None
+
+    def at(self, pick: Tensor) -> At:
+        """Where some of them start: what ``FlowPolicy.gaussian`` is asked about."""
+        return self.x[pick], self.index[pick], rows_of(self.condition, pick)
 
 
 @dataclass
@@ -225,7 +238,7 @@ class Rollout:
         judgement: ``(B,)``, NaN = no answer.
         reward: Return of each row, ``(B,)``: judgements (0 for no answer) and the env's KL cost.
         panel_size: Samples of a panel.
-        condition: Class of each row, or None.
+        condition: Of each row, ``(B, ...)``, one within a panel; None = the task has none.
         gradient: Reward gradients ``(B, *event_shape)`` of the samples, where they were asked for.
     """
 
@@ -256,7 +269,8 @@ class Rollout:
             self.path[index + 1].flatten(0, 1),
             index.repeat_interleave(rows),
             self.log_prob[index].flatten(),
-            torch.arange(rows, device=index.device).repeat(len(steps)),
+            row := torch.arange(rows, device=index.device).repeat(len(steps)),
+            rows_of(self.condition, row),
         )
 
     def panels(self, values: Tensor) -> Tensor:

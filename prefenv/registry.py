@@ -20,6 +20,7 @@ from prefenv.kernels import Kernel
 
 TASKS = {
     "shapes": "prefenv.tasks.shapes:Shapes",
+    "digits": "prefenv.tasks.digits:Digits",
 }
 AGENTS = {
     "hil-dd": "agents.hil_dd:HilDD",
@@ -53,6 +54,9 @@ ORACLES = {
     "terminal": "oracles.terminal:Terminal",
     "window": "oracles.window:Window",
     "web": "oracles.web:WebOracle",
+    "legible": "oracles.legible:Legible",
+    "aesthetic": "oracles.aesthetic:Aesthetic",
+    "jpeg": "oracles.jpeg:Jpeg",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

@@ -134,8 +134,10 @@ def panels_of(feedback: Feedback) -> tuple[Tensor, Tensor]:
     """Answered panels as samples ``(m, K, *event_shape)`` and scores ``(m, K)``, NaN = no answer.
 
     Raises:
-        FeedbackError: No answers, or panels or samples of several sizes.
+        FeedbackError: No answers, panels or samples of several sizes, or samples of conditions.
     """
+    if any(s.condition is not None for s in feedback.samples):
+        raise FeedbackError("a reward model knows no conditions, and these samples have some")
     known = {s.id: torch.from_numpy(s.x.copy()) for s in feedback.samples}
     answers = feedback.answers()
     told = [[math.nan if (v := by[n]) is None else v for n in p.samples] for p, by in answers]

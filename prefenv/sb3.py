@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from gymnasium.spaces import Discrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -38,7 +40,8 @@ from torch import Tensor, nn
 
 from prefenv.envs import FlowVectorEnv
 from prefenv.errors import ConfigError
-from prefenv.policy import FlowPolicy
+from prefenv.policy import At, FlowPolicy
+from prefenv.tasks.conditions import rows_of
 
 
 class FlowVecEnv(VecEnv):
@@ -144,14 +147,28 @@ class FlowActorCritic(ActorCriticPolicy):
         )
         times = self.walk.times[:-1].float().to(self.flow.device)
         self.edges = (times[1:] + times[:-1]) / 2  # bucketize: the step that starts at a row's t
+        # SB3's features: the observation's parts side by side, a class one-hot.
         self.critic = nn.Sequential(nn.Linear(self.features_dim, 64), nn.Tanh(), nn.Linear(64, 1))
         make: Any = self.optimizer_class
         self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
-    def _rows(self, obs: Any) -> tuple[Tensor, Tensor]:
-        """States ``(n, *event_shape)`` and the step that each is at."""
+    def _rows(self, obs: Any) -> At:
+        """States ``(n, *event_shape)``, the step that each is at, and its condition."""
         x = obs["x"].view(-1, *self.flow.event_shape)
-        return x, torch.bucketize(obs["t"][:, 0], self.edges)
+        return x, torch.bucketize(obs["t"][:, 0], self.edges), self._condition(obs)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that are conditions; 0 = there are none, or they are vectors."""
+        spaces: Any = self.observation_space
+        space = spaces.spaces.get("condition")
+        return int(space.n) if isinstance(space, Discrete) else 0
+
+    def _condition(self, obs: Any) -> Tensor | None:
+        """Conditions as a network wants them: SB3's buffers make floats of classes, ``(n, 1)``."""
+        if (condition := obs.get("condition")) is None:
+            return None
+        return condition.reshape(-1).long() if self.classes else condition
 
     def _dist(self, obs: Any) -> StepDistribution:
         mean, std = self.walk.gaussian(*self._rows(obs))
@@ -159,9 +176,10 @@ class FlowActorCritic(ActorCriticPolicy):
 
     def _anchor(self, obs: Any, dist: StepDistribution) -> Tensor:
         """``-mean |v - v_ref|^2``, ``(n,)``; 0 for rows with noise."""
-        x, index = (z[~dist.noisy] for z in self._rows(obs))
+        x, index, condition = (rows_of(z, ~dist.noisy) for z in self._rows(obs))
+        assert x is not None and index is not None
         with torch.no_grad():
-            mean, _ = self.reference.gaussian(x, index)
+            mean, _ = self.reference.gaussian(x, index, condition)
         b = self.walk.table.b.to(x)[index]
         change = (dist.mode()[~dist.noisy] - mean.flatten(1)) / b[:, None]
         anchor = x.new_zeros(len(dist.noisy))
@@ -184,7 +202,11 @@ class FlowActorCritic(ActorCriticPolicy):
         return self._dist(observation).get_actions(deterministic=deterministic)
 
     def predict_values(self, obs: Any) -> Tensor:
-        return self.critic(torch.cat([obs["x"], obs["t"]], 1))
+        parts = [obs["x"], obs["t"]]
+        if (condition := self._condition(obs)) is not None:
+            classes = self.classes
+            parts.append(F.one_hot(condition, classes).float() if classes else condition)
+        return self.critic(torch.cat(parts, 1))
 
 
 class AnsweredReplay(ReplayBuffer):

@@ -18,7 +18,8 @@ from prefenv.device import make_generator, resolve_device, stratified_uniform
 from prefenv.errors import ConfigError, NonFiniteError
 from prefenv.flow import RectifiedFlow
 from prefenv.policy import FlowPolicy
-from prefenv.tasks import Task, TrainConfig
+from prefenv.tasks import Classes, Task, TrainConfig
+from prefenv.tasks.conditions import rows_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def train_reference(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         flow = RectifiedFlow(task.network()).to(where)
-    average = flow.frozen()
+    average, plain = flow.frozen(), RectifiedFlow(flow.field.plain())
     weights: list[torch.Tensor] = list(flow.parameters())
     averages: list[torch.Tensor] = list(average.parameters())
     optimizer = torch.optim.AdamW(
@@ -75,10 +76,11 @@ def train_reference(
         range(config.iterations), desc=f"train {task.name}", disable=None if progress else True
     )
     for i in bar:
-        x, _ = task.data(config.batch, data_rng)
+        x, kind = task.data(config.batch, data_rng)
         x1 = x.to(where)
         x0 = torch.randn(x1.shape, generator=rng, device=where)
-        loss = flow.residual(x0, x1, stratified_uniform(len(x1), rng) ** config.early).mean()
+        t = stratified_uniform(len(x1), rng) ** config.early
+        loss = plain.residual(x0, x1, t, dropped(task, config, kind.to(where), rng)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.clip)
@@ -104,20 +106,38 @@ def train_reference(
     return Trained(average.frozen(), card)
 
 
+def dropped(
+    task: Task, config: TrainConfig, condition: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor | None:
+    """The data's conditions to train with, a share ``drop`` of them null; None where the task has none."""
+    if task.condition is None or not config.drop:
+        return None if task.condition is None else condition
+    out = torch.rand(len(condition), generator=generator, device=condition.device) < config.drop
+    out = out.view(-1, *[1] * (condition.dim() - 1))
+    return torch.where(out, task.condition.null(condition), condition)
+
+
 def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> dict[str, Any]:
     """What a reference does: class rates, residuals beside the data's own, held-out likelihood.
 
     ``log_likelihood_nats`` is the mean of 512 fresh data samples by RK4 with 16 steps, Hutchinson's estimate.
+    Where the task has conditions, the samples are of the data's.
     """
     rng = make_generator(10_000)
     noise = torch.randn(n, *task.event_shape, generator=rng)
     data, kind = task.data(n, rng)
-    samples = FlowPolicy(flow, steps=steps, shift=task.shift).sample(noise).cpu()
+    asked = None if task.condition is None else kind.to(flow.device)
+    samples = FlowPolicy(flow, steps=steps, shift=task.shift).sample(noise, asked).cpu()
     with torch.no_grad():
-        fine = flow.integrate(noise.to(flow.device), steps, "heun").cpu()
+        fine = flow.integrate(noise.to(flow.device), steps, "heun", condition=asked).cpu()
     log_prob = flow.log_prob(
-        data[:512].to(flow.device), 16, generator=make_generator(0, flow.device)
+        data[:512].to(flow.device),
+        16,
+        condition=rows_of(asked, slice(512)),
+        generator=make_generator(0, flow.device),
     )
+    if task.condition is not None:
+        kind = task.classify(data)
 
     def rates(index: torch.Tensor) -> dict[str, float]:
         return {c: round(float((index == k).float().mean()), 4) for k, c in enumerate(task.classes)}
@@ -125,6 +145,10 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
     def median(x: torch.Tensor) -> float:
         return round(float(task.residual(x).median()), 4)
 
+    extra = {}
+    if isinstance(task.condition, Classes) and asked is not None and task.classes:
+        right = task.classify(samples) == asked.cpu()
+        extra = {"asked_class_rate": round(float(right.float().mean()), 4)}
     return {
         "sampler": f"euler, {steps} steps, shift {task.shift}",
         "class_rate": rates(task.classify(samples)),
@@ -134,21 +158,21 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
         "residual_heun": median(fine),
         "residual_data": median(data),
         "log_likelihood_nats": round(float(log_prob.mean()), 2),
+        **extra,
     }
 
 
 def save_reference(path: Path, trained: Trained, task: Task) -> None:
     """Write the checkpoint and, beside it, its card as Markdown."""
     save_checkpoint(path, trained.flow, task, trained.card)
-    lines = [
-        f"# Reference for `{task.name}` (model A)",
-        "",
-        (task.__doc__ or "").splitlines()[0],
-        "",
-        "| what | value |",
-        "|---|---|",
-    ]
-    for key, value in trained.card.items():
+    title = f"Reference for `{task.name}` (model A)"
+    save_card(path, title, (task.__doc__ or "").splitlines()[0], trained.card)
+
+
+def save_card(path: Path, title: str, about: str, card: dict[str, Any]) -> None:
+    """Write a card as Markdown beside a checkpoint: a title, a line, and a table."""
+    lines = [f"# {title}", "", about, "", "| what | value |", "|---|---|"]
+    for key, value in card.items():
         shown = (
             ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         )

@@ -102,7 +102,7 @@ def test_ours_learns_from_every_noisy_step_and_has_a_finite_sigma(flow):
         noisy = [i for i in range(agent.env.steps) if agent.policy.std(i) > 0]
         assert noisy == list(range(agent.env.steps))[: len(noisy)] and len(noisy) >= 7
         seen, velocity = [], agent.model.velocity
-        agent.model.velocity = lambda x, t, s=seen, v=velocity: s.append(t) or v(x, t)
+        agent.model.velocity = lambda x, t, c=None, s=seen, v=velocity: s.append(t) or v(x, t)
         rollout = collect(agent.env, agent.policy, gradient=True)
         seen.clear()
         agent.update(rollout)

@@ -102,7 +102,7 @@ class Good(Agent):
 def test_the_unbroken_one_passes():
     outcomes = check_agent(Good)
     for_others = {o.check for o in outcomes if o.skipped}
-    assert for_others == {"ties", "ratio", "credit", "correction", "rows", "leash"}
+    assert for_others == {"ties", "ratio", "credit", "correction", "rows", "leash", "conditions"}
 
 
 class NotAnAgent:
@@ -398,6 +398,39 @@ class OtherKernel(Good):
         return self.env.policy(self.model, Kernel("flow-sde", 0.5), self.generator)
 
 
+class OneCondition(Good):
+    """Asks the model about everything under the first sample's condition."""
+
+    def update(self, rollout):
+        if rollout.condition is not None:
+            rollout.condition = rollout.condition[:1].expand_as(rollout.condition)
+        self.asked = rollout.condition
+        return super().update(rollout)
+
+    def residual(self, x1):
+        x0 = torch.randn(x1.shape, generator=self.generator)
+        self.env.ledger.nfe += len(x1)
+        t = stratified_uniform(len(x1), self.generator)
+        return self.model.residual(x0, x1, t, self.asked)
+
+
+class ShuffledConditions(OneCondition):
+    """Leaves the conditions behind where it turns the samples round."""
+
+    def update(self, rollout):
+        self.asked = rollout.condition
+        if self.asked is not None:
+            self.asked = self.asked.flip(0)
+        return Good.update(self, rollout)
+
+
+class OldSample(Good):
+    """Written before there were conditions."""
+
+    def sample(self, noise):
+        return super().sample(noise)
+
+
 BROKEN = [
     (NotAnAgent, "settings", "no subclass of prefenv.agent.Agent"),
     (Nameless, "settings", "no name of its own"),
@@ -444,6 +477,8 @@ BROKEN = [
     (PickleInside, "saving", "extra.pkl"),
     (ForgetsItsWeights, "saving", "differs from the saved one"),
     (NanOnSilence, "silence", "NonFiniteError"),
+    (OneCondition, "conditions", "conditions do not stay with their samples"),
+    (ShuffledConditions, "conditions", "conditions do not stay with their samples"),
     (NanOnTies, "silence", "NonFiniteError|became NaN"),
 ]
 

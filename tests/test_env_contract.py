@@ -437,7 +437,7 @@ class SaysNextStep(NextStep):
 
 
 class NotSeeded(FlowVectorEnv):
-    def begin(self, noise=None):
+    def begin(self, noise=None, condition=None):
         shape = (self.num_envs, *self.task.event_shape)
         fresh = np.random.default_rng().standard_normal(shape, np.float32)
         return super().begin(fresh if noise is None else noise)
@@ -449,7 +449,7 @@ class SeedsTheWorld(FlowVectorEnv):
             torch.manual_seed(seed)
         return super().reset(seed=seed, options=options)
 
-    def begin(self, noise=None):
+    def begin(self, noise=None, condition=None):
         shape = (self.num_envs, *self.task.event_shape)
         return super().begin(torch.randn(shape) if noise is None else noise)
 
@@ -465,7 +465,7 @@ class SeedsEveryReset(FlowVectorEnv):
 
 
 class EqualRows(FlowVectorEnv):
-    def begin(self, noise=None):
+    def begin(self, noise=None, condition=None):
         x, _ = super().begin(noise)
         return super().begin(x[:1].expand_as(x))
 

@@ -44,6 +44,7 @@ class WebOracle(Oracle):
     """
 
     nondeterministic = True
+    unconditional = True
 
     def __init__(
         self,

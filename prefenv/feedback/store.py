@@ -125,13 +125,19 @@ class FeedbackStore:
             noise: Their noises, of the same shape.
             path: Their paths, ``(m, K, steps + 1, *event_shape)``.
             log_prob: Log-probabilities of their steps, ``(m, K, steps)``.
-            origin: ``task``, ``model``, ``condition``, ``seed`` and ``info`` of them all, as in ``Sample``.
+            origin: ``task``, ``model``, ``condition``, ``seed`` and ``info`` of them all, as in ``Sample``; a list
+                of conditions has one for each panel.
         """
         arrays = {"x": x, "noise": noise, "path": path, "log_prob": log_prob}
         given = {k: float_array(v) for k, v in arrays.items() if v is not None}
         m, k = given["x"].shape[:2]
+        asked = origin.pop("condition", None)
+        each = asked if isinstance(asked, list) else [asked] * m
         rows = [
-            [Sample(**{n: v[i, j] for n, v in given.items()}, **origin) for j in range(k)]
+            [
+                Sample(**{n: v[i, j] for n, v in given.items()}, condition=each[i], **origin)
+                for j in range(k)
+            ]
             for i in range(m)
         ]
         panels = [Panel(tuple(s.id for s in row)) for row in rows]

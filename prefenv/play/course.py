@@ -45,6 +45,7 @@ class Person(Oracle):
     """
 
     nondeterministic = True
+    unconditional = True
     ready: tuple[list[str], Tensor] | None = None
     away: bool = False
 

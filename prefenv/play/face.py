@@ -54,6 +54,7 @@ class Face(Oracle):
     """
 
     nondeterministic = True
+    unconditional = True
 
     def __init__(
         self,

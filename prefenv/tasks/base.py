@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prefenv.networks import VelocityField, VelocityMLP
+from prefenv.device import make_generator
+from prefenv.errors import ConfigError
+from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
+from prefenv.tasks.conditions import Classes, Condition, panels_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class TrainConfig:
             decided. The velocity that minimises the loss is the same.
         ema: Decay of the weight average that becomes the checkpoint.
         clip: Largest gradient norm.
+        drop: Share of the conditions that are left out (made null), which guidance needs; 0 = none.
     """
 
     iterations: int = 5000
@@ -33,6 +39,7 @@ class TrainConfig:
     early: float = 2.0
     ema: float = 0.995
     clip: float = 1.0
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Task:
         shift: Of the grid of times on which samples are made, see ``prefenv.flow.time_grid``; 1 = equal steps.
         bound: Largest absolute coordinate an action may have; the data lies far inside.
         train: How the reference is trained.
+        condition: What samples are conditioned on, ``Classes(n)`` or ``Vector(dim)``; None = nothing.
+        guidance: Weight ``w`` of classifier-free guidance, where the training drops conditions; 1 = none.
     """
 
     name: str
@@ -56,6 +65,8 @@ class Task:
     shift: float = 1.0
     bound: float = 10.0
     train: TrainConfig = field(default_factory=TrainConfig)
+    condition: Condition | None = None
+    guidance: float = 1.0
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -64,11 +75,71 @@ class Task:
 
     def network(self) -> VelocityField:
         """A fresh velocity network of the task's standard size."""
-        return VelocityMLP(self.event_shape)
+        if self.condition is None:
+            return VelocityMLP(self.event_shape)
+        guided = self.train.drop > 0
+        field = VelocityMLP(self.event_shape, **self.condition.network(guided))
+        return GuidedVelocity(field, self.condition.null, self.guidance) if guided else field
 
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``n`` real samples ``(n, *event_shape)`` float32 and their classes ``(n,)``, on the CPU."""
+        """``n`` real samples ``(n, *event_shape)`` float32 and their classes ``(n,)``, on the CPU.
+
+        Of a conditional task, their conditions ``(n, ...)`` instead of classes.
+        """
         raise NotImplementedError
+
+    def draw_conditions(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` conditions to ask for, on the CPU: any class alike, or vectors as the data has them."""
+        if isinstance(self.condition, Classes):
+            return torch.randint(self.condition.n, (n,), generator=generator)
+        return self.data(n, generator)[1]
+
+    def conditions(
+        self, given: Any, rows: int, panel_size: int, generator: torch.Generator
+    ) -> Tensor | None:
+        """The conditions of ``rows`` rows, one for each panel; None where the task has none.
+
+        Args:
+            given: Of each row, ``(rows, ...)``, or one for all; None = drawn.
+            rows: Number of rows.
+            panel_size: Rows of a panel.
+            generator: Source of what is drawn.
+
+        Raises:
+            ConfigError: What is given is no condition of this task, of another shape, or differs within a panel.
+        """
+        kind = self.condition
+        if kind is None:
+            if given is not None:
+                raise ConfigError(f"task {self.name!r} has no conditions: leave it out")
+            return None
+        if given is None:
+            drawn = self.draw_conditions(rows // panel_size, generator)
+            return drawn.repeat_interleave(panel_size, 0)
+        condition, shape = kind.tensor(given), (rows, *kind.shape)
+        if condition.shape == kind.shape:
+            condition = condition.expand(shape)
+        if condition.shape != shape:
+            raise ConfigError(f"condition has shape {tuple(condition.shape)}, expected {shape}")
+        panels_of(condition, panel_size)
+        return condition.clone()
+
+    def fixed_conditions(self, n: int = 16) -> Tensor:
+        """The conditions that evaluation goes through, always the same: every class, or ``n`` vectors."""
+        if isinstance(self.condition, Classes):
+            return torch.arange(self.condition.n)
+        return self.draw_conditions(n, make_generator(0, stream="fixed conditions"))
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row of ``rows``."""
+        return math.prod(self.event_shape) + (self.condition.width if self.condition else 0)
+
+    def rows(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Points ``(n, *event_shape)`` and their conditions' features, ``(n, width)``, for a plain network."""
+        if self.condition is None or condition is None:
+            return x.flatten(1)
+        return torch.cat([x.flatten(1), self.condition.features(condition)], 1)
 
     def residual(self, x: Tensor) -> Tensor:
         """Quality of each sample, 0 = perfect, ``(n,)``."""

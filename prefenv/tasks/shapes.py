@@ -77,8 +77,8 @@ class Shapes(Task):
         noise: Standard deviation of the point noise per coordinate.
         turn: Largest rotation in rad.
         scale: Smallest and largest scale.
-        predict: What the network says: ``velocity``, or ``data`` (``DataPrediction``, for shapes of more dimensions
-            than its width lets through).
+        predict: What the network says: ``velocity``, or ``data`` (``DataPrediction``, which passes more
+            dimensions than it is wide).
     """
 
     name: str = "shapes"

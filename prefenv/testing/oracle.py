@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefenv.oracle import Oracle
+from prefenv.oracle import Oracle, judged, scored
+from prefenv.tasks.conditions import rows_of
 from prefenv.testing.data import need
 
 
 def check_oracle(
     oracle: Oracle,
     samples: Tensor,
+    condition: Tensor | None = None,
     *,
     low: float = -float("inf"),
     high: float = float("inf"),
@@ -24,6 +26,7 @@ def check_oracle(
     Args:
         oracle: The oracle.
         samples: Samples to judge, ``(n, *event_shape)``, at least two panels of its size.
+        condition: For a conditional oracle, the condition of each, ``(n, ...)``.
         low: Least judgement it may give.
         high: Greatest judgement it may give.
 
@@ -44,27 +47,33 @@ def check_oracle(
         isinstance(sources, tuple) and all(isinstance(g, torch.Generator) for g in sources),
         f"generators must be a tuple of torch.Generators, not {sources!r}",
     )
+    need(
+        condition is not None or not oracle.conditional,
+        "a conditional oracle is checked with conditions: give check_oracle those of the samples",
+    )
     for k in [size] if size else sorted({1, 2, 3, n // 2}):
         panels = samples[: n // k * k].unflatten(0, (-1, k))
-        _check_judgement(oracle, panels, low, high)
-    if callable(score := getattr(oracle, "score", None)):
-        values = score(samples)
+        _check_judgement(oracle, panels, rows_of(condition, slice(0, len(panels))), low, high)
+    if hasattr(oracle, "score"):
+        values = scored(oracle, samples, condition)
         need(
             values.shape == (n,) and bool(values.isfinite().all()),
             f"score() must give one finite value per sample, {(n,)}, not {tuple(values.shape)}",
         )
     if oracle.differentiable:
         need(size in (None, 1), "a differentiable oracle is asked one by one: panel_size None or 1")
-        _check_gradient(oracle, samples)
+        _check_gradient(oracle, samples, condition)
 
 
-def _check_judgement(oracle: Oracle, panels: Tensor, low: float, high: float) -> None:
+def _check_judgement(
+    oracle: Oracle, panels: Tensor, condition: Tensor | None, low: float, high: float
+) -> None:
     m, k = panels.shape[:2]
     kept = panels.clone()
 
-    def judge(asked: Tensor) -> Tensor:
+    def judge(asked: Tensor, of: Tensor | None = condition) -> Tensor:
         with torch.no_grad():
-            return oracle.judge(asked)
+            return judged(oracle, asked, of)
 
     answer = judge(panels)
     need(torch.equal(kept, panels), "judge() changed the samples it was shown: work on a copy")
@@ -90,13 +99,23 @@ def _check_judgement(oracle: Oracle, panels: Tensor, low: float, high: float) ->
         return
     answer = answer.clone()
     order = torch.arange(k).roll(1).flip(0)
-    for asked, expected, mend in (
-        (panels, answer, "asked twice, judge() answered differently: set nondeterministic = True"),
-        (panels[:, order], answer[:, order], "judgements depend on the order within a panel"),
-        (panels.flip(0), answer.flip(0), "judgements depend on the order of the panels"),
-        (panels[:1], answer[:1], "a panel is judged differently beside other panels"),
+    here, turned, first = (
+        condition,
+        rows_of(condition, torch.arange(m).flip(0)),
+        rows_of(condition, slice(1)),
+    )
+    for asked, of, expected, mend in (
+        (
+            panels,
+            here,
+            answer,
+            "asked twice, judge() answered differently: set nondeterministic = True",
+        ),
+        (panels[:, order], here, answer[:, order], "judgements depend on the order within a panel"),
+        (panels.flip(0), turned, answer.flip(0), "judgements depend on the order of the panels"),
+        (panels[:1], first, answer[:1], "a panel is judged differently beside other panels"),
     ):
-        same = torch.allclose(judge(asked), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        same = torch.allclose(judge(asked, of), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
         need(same, f"{mend} (panels of {k})")
 
 
@@ -112,11 +131,11 @@ def _check_generators(oracle: Oracle, judge: Callable[[Tensor], Tensor], panels:
     )
 
 
-def _check_gradient(oracle: Oracle, samples: Tensor) -> None:
+def _check_gradient(oracle: Oracle, samples: Tensor, condition: Tensor | None) -> None:
     """``autograd`` through ``judge`` against central differences, along the gradient and across it."""
     x = samples.detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        reward = oracle.judge(x[:, None])[:, 0]
+        reward = judged(oracle, x[:, None], condition)[:, 0]
         need(
             reward.requires_grad,
             "differentiable = True, but judge() carries no gradient: no .item(), numpy or no_grad inside",
@@ -132,7 +151,9 @@ def _check_gradient(oracle: Oracle, samples: Tensor) -> None:
     with torch.no_grad():
         for direction in (along, across):
             h = 1e-3 * size * direction
-            up, down = (oracle.judge((samples + s * h)[:, None])[:, 0] for s in (1, -1))
+            up, down = (
+                judged(oracle, (samples + s * h)[:, None], condition)[:, 0] for s in (1, -1)
+            )
             told = (grad * h).flatten(1).sum(1)
             error = ((up - down) / 2 - told).abs()
             bound = 0.05 * (grad * h).flatten(1).norm(dim=1) + 1e-5 * (1 + reward.abs())

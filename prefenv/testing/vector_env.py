@@ -19,13 +19,21 @@ Act = Callable[[VectorEnv, Any], Any]
 Start = Callable[[Any, int], dict[str, Any]]
 
 
+def same_start(observation: Any, row: int) -> dict[str, Any]:
+    """``reset``'s options that start a single env as a row began: from its noise, and asked for the same."""
+    options = {"noise": observation["x"][row]}
+    if "condition" in observation:
+        options["condition"] = observation["condition"][row]
+    return options
+
+
 def check_vector_env(
     make: Callable[[int], VectorEnv],
     make_single: Callable[[], gym.Env] | None = None,
     *,
     num_envs: int = 4,
     act: Act | None = None,
-    start: Start | None = lambda observation, row: {"noise": observation["x"][row]},
+    start: Start | None = same_start,
     nondeterministic: bool = False,
     max_steps: int = 1000,
     seed: int = 0,

@@ -1,0 +1,231 @@
+"""PFM's image experiment at 8 x 8: which digit was asked for, before and after alignment.
+
+    python -m benchmarks.digits            some 10 minutes of one core
+
+Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.1): samples of the conditional reference, preferred by the
+probability that a LeNet gives to the asked digit; pairs of the **best and the worst** of a panel, or **random**
+pairs; every method gets as many judged samples. PFM learns the pairs of Algorithm 1 and is applied once,
+and again to what came out. ``benchmarks/results/digits.md`` has the table, ``digits.jsonl`` the numbers,
+``digits.png`` samples from the same noises.
+
+The judge is the reward, so it cannot say whether it was fooled. The last two columns do not know it: the digit of
+the nearest real picture, and the distance to it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+import tyro
+from torch import Tensor
+
+from prefenv import plotting
+from prefenv.device import make_generator
+from prefenv.oracle import scored
+from prefenv.registry import make_agent, make_oracle, make_task
+from prefenv.runs import versions
+
+RESULTS = Path(__file__).parent / "results"
+# protocol: panel size, and how the oracle answers.
+PAIRS = {"best and worst": (16, "extremes"), "random": (2, "best")}
+# name in the table: agent, rounds. PFM's own way is one round: a data set, then a flow.
+METHODS = {
+    "RLHF (`ppo`)": ("ppo", 8),
+    "DPO (`flow-dpo`)": ("flow-dpo", 8),
+    "PFM": ("pfm:coupling=pair,margin=False,updates={pfm_updates}", 1),
+}
+COLUMNS = ("score", "preferred_rate", "nearest", "residual")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run it.
+
+    Args:
+        seeds: How many seeds, from 0.
+        queries: Judged samples of each method, a multiple of 128.
+        pfm_updates: Gradient steps of the preference flow.
+        applications: Times that the preference flow is applied, at most.
+        per_digit: Samples of each digit that are scored.
+        work: Folder of finished parts, which are not repeated.
+        out: Folder of the results.
+    """
+
+    seeds: int = 2
+    queries: int = 2048
+    pfm_updates: int = 300
+    applications: int = 3
+    per_digit: int = 100
+    work: Path = Path("runs/digits")
+    out: Path = RESULTS
+
+
+class Bench:
+    """The task, its judge, and what is scored."""
+
+    def __init__(self, per_digit: int):
+        self.task: Any = make_task("digits")
+        self.oracle = make_oracle("legible", self.task)
+        self.asked = self.task.fixed_conditions().repeat(per_digit)
+        rng = make_generator(0, stream="benchmark digits")
+        self.noise = torch.randn(len(self.asked), *self.task.event_shape, generator=rng)
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, asked: Tensor) -> dict[str, float]:
+        """What samples of asked digits are worth."""
+        score = scored(self.oracle, x, asked)
+        near, digit = self.task.near(x)
+        return {
+            "score": float(score.mean()),
+            "preferred_rate": float((score >= self.oracle.threshold).double().mean()),
+            "nearest": float((digit == asked).double().mean()),
+            "residual": float(near.median()),
+        }
+
+    def env(self, queries: int, rounds: int, pairs: str) -> Any:
+        """An env of the protocol."""
+        panel_size, answer = PAIRS[pairs]
+        return gym.make_vec(
+            "prefenv/Digits-v0",
+            num_envs=queries // rounds,
+            panel_size=panel_size,
+            oracle=f"legible:answer={answer}",
+        )
+
+    def data_set(self, args: Args, pairs: str, seed: int) -> dict[str, dict[str, float]]:
+        """The reference's samples that the protocol prefers and rejects."""
+        env = self.env(args.queries, 1, pairs).unwrapped
+        env.reset(seed=seed)
+        x = env.reference.sample(env._x, env.condition)
+        told = env.judge(x, None, env.condition)
+        return {
+            name: self.measure(x[told == value], env.condition[told == value])
+            for name, value in (("preferred", 1.0), ("rejected", 0.0))
+        }
+
+    def run(self, args: Args, method: str, pairs: str, seed: int) -> dict[str, Tensor]:
+        """Samples of an aligned model, by name; of PFM, after each application."""
+        name, rounds = METHODS[method]
+        env = self.env(args.queries, rounds, pairs)
+        agent = make_agent(name.format(**asdict(args)), env, seed=seed)
+        agent.learn(args.queries)
+        if method != "PFM":
+            return {method: agent.sample(self.noise, self.asked)}
+        policy, made = agent.env.policy(agent.model), {}
+        x = agent.env.reference.sample(self.noise, self.asked)
+        for n in range(1, args.applications + 1):
+            x = policy.sample(x, self.asked)
+            made["PFM" if n == 1 else f"PFM x {n}"] = x
+        return made
+
+
+def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[dict[str, Any]]:
+    """The rows of one part, from its file if it was finished before."""
+    about = {"pairs": pairs, "seed": seed, "queries": args.queries}
+    plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
+    file = args.work / f"{plain}-s{seed}-{args.queries}.pt.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    began = time.process_time()
+    if method == "data":
+        rows = [{"model": k, **v} for k, v in bench.data_set(args, pairs, seed).items()]
+    else:
+        made = bench.run(args, method, pairs, seed)
+        rows = [
+            {
+                "model": name,
+                **bench.measure(x, bench.asked),
+                "seconds": time.process_time() - began,
+                "shown": (x[:20].clamp(-1, 1) * 100).round().int().tolist(),
+            }
+            for name, x in made.items()
+        ]
+    rows = [{**about, **row} for row in rows]
+    args.work.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows))
+    return rows
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and range where there are several."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
+
+
+def table(
+    rows: list[dict[str, Any]], reference: dict[str, float], real: dict[str, float]
+) -> list[str]:
+    """A Markdown line for each model and protocol."""
+    heads = (
+        "model",
+        "pairs",
+        "preference score",
+        "preferred rate",
+        "nearest real is the asked one",
+        "distance",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, known in (("real pictures (test part)", real), ("reference", reference)):
+        lines.append(f"| {name} |  | " + " | ".join(f"{known[c]:.4f}" for c in COLUMNS) + " |")
+    for pairs in PAIRS:
+        mine = [r for r in rows if r["pairs"] == pairs]
+        for name in dict.fromkeys(r["model"] for r in mine):
+            cells = [cell([r[c] for r in mine if r["model"] == name]) for c in COLUMNS]
+            lines.append(f"| {name} | {pairs} | {' | '.join(cells)} |")
+    return lines
+
+
+def figure(bench: Bench, rows: list[dict[str, Any]], reference: Tensor) -> Any:
+    """Twenty samples of each model, from the same noises."""
+    mine = [r for r in rows if r["pairs"] == "best and worst" and r["seed"] == 0 and "shown" in r]
+    shown = [torch.tensor(r["shown"]) / 100 for r in mine]
+    sheets = [x.numpy() for x in (reference[:20], *shown)]
+    names = ["reference", *[r["model"].replace("`", "").split(" (")[0] for r in mine]]
+    colors = [plotting.RED, *[plotting.GREEN] * len(mine)]
+    return plotting.sheet(bench.task, sheets, colors, names, size=0.5)
+
+
+def main(args: Args) -> None:
+    """Run what is missing, and write the results."""
+    bench, rows = Bench(args.per_digit), []
+    with torch.no_grad():
+        policy = bench.env(16, 1, "best and worst").unwrapped.reference
+        start = policy.sample(bench.noise, bench.asked)
+    real = bench.measure(*bench.task.data(1000, make_generator(0), "test"))
+    for seed in range(args.seeds):
+        for pairs in PAIRS:
+            for method in ("data", *METHODS):
+                rows += part(args, bench, method, pairs, seed)
+                print(f"seed {seed}, {pairs}, {method}", flush=True)
+    reference = bench.measure(start, bench.asked)
+    lines = [
+        "# Digits: PFM's image experiment at 8 x 8",
+        "",
+        f"`python -m benchmarks.digits --seeds {args.seeds} --queries {args.queries}`: {args.queries} judged "
+        f"samples a method, {len(bench.asked)} samples scored; mean (range) over the seeds. *Best and worst*: of "
+        f"panels of {PAIRS['best and worst'][0]} samples of one digit; *random*: panels of 2. *Preferred* and "
+        "*rejected* are the reference's samples that the protocol chose. The distance is the median, per pixel.",
+        "",
+        *table(rows, reference, real),
+        "",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
+        "",
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    plain = [{k: v for k, v in r.items() if k != "shown"} for r in rows]
+    plain.insert(0, {"model": "reference", **reference})
+    (args.out / "digits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain))
+    (args.out / "digits.md").write_text("\n".join(lines))
+    figure(bench, rows, start).savefig(args.out / "digits.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
