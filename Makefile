@@ -45,8 +45,8 @@ format: setup ## Format the code and repair what can be repaired
 speed: setup ## Measure the speed of the environment and of training
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
-report: setup ## Make tables and figures of the benchmarks' rows, into benchmarks/results/report
-	$(BIN)/prefenv report $(ARGS)
+report: setup ## Make tables and figures of the committed benchmark
+	$(BIN)/prefenv report --results benchmarks/results/bench --out benchmarks/results/report $(ARGS)
 
 wheel: setup ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build

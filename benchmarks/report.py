@@ -1,7 +1,7 @@
 """The report of the benchmarks: tables and figures of all rows, as Markdown and as one HTML page.
 
-    prefenv report            reads benchmarks/results/bench, writes benchmarks/results/report
-    make report               the same
+    prefenv report            of runs/bench, where prefenv bench writes
+    make report               of the committed rows, benchmarks/results/bench
 
 Writes ``report.md``, ``report.html`` and the figures. Of the repository's own results, the first figure and a
 short table go to the README, between its ``bench`` marks.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +56,10 @@ def readme_lines(bench: Bench) -> tuple[list[str], str]:
     return [*picture, *table_lines(score_table(bench, value))], note
 
 
-def known_experiments() -> Mapping[str, Described]:
+def known_experiments() -> dict[str, Described]:
     """The experiments by name, in their order."""
-    return importlib.import_module("benchmarks.experiments").all_experiments()
+    home = importlib.import_module("benchmarks.experiments")
+    return {n: Described(home.question(n), tuple(home.load(n).variants)) for n in home.NAMES}
 
 
 def load(folder: Path) -> tuple[Bench, dict[str, Any]]:
@@ -76,21 +76,21 @@ def load(folder: Path) -> tuple[Bench, dict[str, Any]]:
     return bench(read(folder), known_experiments()), frontiers
 
 
-def write(config: Report) -> dict[str, Any]:
-    """Write the report and return ``{"agents": summary, "files": [...]}``."""
-    found, frontiers = load(config.results)
+def write(results: Path, out: Path) -> dict[str, Any]:
+    """Read the rows in ``results`` and write the report to ``out``; the scores and the names of the files."""
+    found, frontiers = load(results)
     sections = [*overview(found), *details(found, frontiers), *appendix(found)]
-    writable(config.out)
+    writable(out)
     files = {"report.md": markdown(TITLE, sections), "report.html": page(TITLE, sections)}
     for section in sections:
         if section.figure:
             files[f"{section.figure.name}.svg"] = standalone(section.figure.svg)
     for name, text in files.items():
-        (config.out / name).write_text(text, encoding="utf-8")
+        (out / name).write_text(text, encoding="utf-8")
     readme = RESULTS.parents[1] / "README.md"
-    if config.out.resolve() == RESULTS / "report" and readme.exists():
+    if out.resolve() == RESULTS / "report" and readme.exists():
         update_readme(readme, *readme_lines(found), name="bench")
-    return {"agents": summary(found), "files": [str(config.out / name) for name in files]}
+    return {"agents": summary(found), "files": [str(out / name) for name in files]}
 
 
 def main() -> None:

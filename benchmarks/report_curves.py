@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.report_rows import Bench, finite, learning, run_score
+from benchmarks.report_rows import Bench, finite, in_order, learning, run_score
 from benchmarks.report_style import INK, handles, look, sample, sheet, style
 from benchmarks.statistics import iqm
 from prefenv.plotting import BLUE, GREY
@@ -29,19 +29,23 @@ def score_against(bench: Bench, cost: str) -> Figure:
             for agent in reversed(bench.agents):  # the best on top
                 queries, seconds, score = learning(bench, agent, name)
                 x = queries if cost == "queries" else seconds
-                shown = x > 0 if cost == "seconds" else slice(None)
-                panel.plot(x[shown], score[shown], ms=2, lw=1, **look(bench, agent))
-            panel.set(ylim=(-0.02, 1.02), xscale="log" if cost == "seconds" else "linear")
-            if cost == "seconds":
-                panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-                panel.xaxis.set_major_formatter("{x:g}")
-                panel.xaxis.set_minor_formatter("")
+                panel.plot(x[1:], score[1:], ms=2, lw=1, **look(bench, agent))
+            panel.set(ylim=(-0.02, 1.02))
+            _logarithmic(panel, 1, 3)
             panel.set_title(name)
     return figure
 
 
 def reward_against_kl(bench: Bench, frontiers: Mapping[str, Any]) -> Figure:
-    """Mean reward against KL to the reference: medians over runs; hollow where only a bound is known."""
+    """Mean reward against KL to the reference: medians over runs; hollow where only a bound is known.
+
+    Of an experiment's variants it is the first, whose frontier the runner keeps.
+
+    Args:
+        bench: The rows.
+        frontiers: By experiment: ``reward`` and ``kl`` of the frontier's points, and the numbers
+            ``optimum_reward``, ``optimum_kl`` and ``reference_reward``.
+    """
     marks = {
         "frontier": sample(color=BLUE, linewidth=2),
         "optimum": sample(color=BLUE, linestyle="none", marker="*", markersize=8),
@@ -54,32 +58,36 @@ def reward_against_kl(bench: Bench, frontiers: Mapping[str, Any]) -> Figure:
         )  # fmt: skip
         for panel, name in zip(axes, bench.variants, strict=True):
             curve = frontiers.get(name, {})
-            variant = curve.get("variant")
-            rows = [r for a in bench.agents for r in bench.runs(a, name, variant)]
-            _frontier(panel, curve, rows)
+            variant, *others = bench.variants[name]
+            if curve:
+                tops = [r["reward"] for a in bench.agents for r in bench.runs(a, name, variant)]
+                _frontier(panel, curve, max(tops, default=0.0))
             for agent in reversed(bench.agents):
                 _point(panel, bench.runs(agent, name, variant), look(bench, agent))
-            panel.set(xscale="log")
-            panel.xaxis.set_minor_formatter("")
-            panel.set_title(name if not variant else f"{name}, {variant}")
+            _logarithmic(panel, 1)
+            panel.set_title(f"{name}, {variant}" if others else name)
     return figure
 
 
-def _frontier(panel: Any, curve: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The frontier, what lies beyond it, the reference's reward and the optimum."""
-    if rows:
-        panel.axhline(np.median([r["reference_reward"] for r in rows]), color=GREY, lw=1, ls=":")
-    if not curve:
-        return
+def _logarithmic(panel: Any, *ticks: int) -> None:
+    """Powers of ten times ``ticks``, where there is something to show."""
+    if any(len(line.get_xdata()) for line in panel.lines):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=ticks))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("")
+
+
+def _frontier(panel: Any, curve: Mapping[str, Any], top: float) -> None:
+    """The frontier and what lies beyond it, up to ``top``; the reference's reward and the optimum."""
     reward, kl = np.asarray(curve["reward"], float), np.asarray(curve["kl"], float)
     seen = np.isfinite(kl) & (kl >= LEAST_KL)
-    top = max([reward[seen].max(initial=-np.inf), *(r["reward"] for r in rows)])
-    room = 0.05 * (top - reward[seen].min(initial=top))
+    top = max(top, reward[seen].max(initial=top))
+    top += 0.05 * (top - curve["reference_reward"])
+    panel.axhline(curve["reference_reward"], color=GREY, lw=1, ls=":")
     panel.plot(kl[seen], reward[seen], color=BLUE, lw=2)
-    panel.fill_between(kl[seen], reward[seen], top + room, color=BLUE, alpha=0.08, lw=0)
-    if rows:
-        best = float(np.median([r["optimum_reward"] for r in rows]))
-        panel.plot(np.interp(best, reward, kl), best, "*", color=BLUE, ms=8)
+    panel.fill_between(kl[seen], reward[seen], top, color=BLUE, alpha=0.08, lw=0)
+    panel.plot(curve["optimum_kl"], curve["optimum_reward"], "*", color=BLUE, ms=8)
 
 
 def _point(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
@@ -101,7 +109,7 @@ def _point(panel: Any, rows: list[dict[str, Any]], style: dict[str, Any]) -> Non
 
 def score_by_variant(bench: Bench) -> Figure | None:
     """IQM of the score in each variant; None where no experiment has more than one."""
-    turned = {n: v for n, v in bench.variants.items() if len(v) > 1}
+    turned = {n: in_order(v) for n, v in bench.variants.items() if len(v) > 1}
     if not turned:
         return None
     with style():

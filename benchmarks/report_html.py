@@ -28,6 +28,7 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: left; vertical-align: top }
 thead th { border-bottom-width: 2px }
 code { background: var(--soft); font-size: 0.92em; padding: 0 0.2em }
+small { white-space: nowrap }
 summary { cursor: pointer; margin: 0.6rem 0 }
 @media print {
   body { font-size: 9.5pt; max-width: none; padding: 0 }
@@ -137,4 +138,7 @@ def inline(text: str) -> str:
     """Cell markup as HTML: ``**bold**``, code in backticks; all else is escaped."""
     text = escape(text)
     text = re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
+    text = re.sub(
+        r"(\[-?[\d.]+, -?[\d.]+\])", r"<small>\1</small>", text
+    )  # an interval is not broken
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)

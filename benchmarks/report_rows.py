@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +24,12 @@ Row = dict[str, Any]
 NOTHING = Estimate(math.nan, math.nan, math.nan)
 
 
-class Described(Protocol):
-    """What the report wants of an experiment; iterating over ``variants`` gives their labels, in order."""
+@dataclass(frozen=True)
+class Described:
+    """What the report wants to know of an experiment: what it asks, and its variants' labels in order."""
 
     question: str
-    variants: Any
+    variants: tuple[str, ...]
 
 
 def read(folder: Path) -> list[Row]:
@@ -63,6 +64,15 @@ def finished(row: Row) -> bool:
 def run_score(row: Row) -> float:
     """What a run counts, in [0, 1]."""
     return min(max(row["score"], 0.0), 1.0) if finished(row) else 0.0
+
+
+def in_order(variants: Iterable[str]) -> list[str]:
+    """Labels by their number, where all are numbers; else as they come."""
+    labels = list(variants)
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return labels
 
 
 def trouble(row: Row) -> str:
@@ -171,7 +181,7 @@ def bench(rows: list[Row], experiments: Mapping[str, Described]) -> Bench:
     variants: dict[str, tuple[str, ...]] = {}
     for name in [*experiments, *sorted({r["experiment"] for r in rows} - experiments.keys())]:
         has = {r["variant"] for r in rows if r["experiment"] == name}
-        known = [str(v) for v in experiments[name].variants] if name in experiments else []
+        known = experiments[name].variants if name in experiments else ()
         order = [v for v in known if v in has] + sorted(has - set(known))
         if order:
             variants[name] = tuple(order)
@@ -190,7 +200,8 @@ def learning(
     Returns:
         Queries, median CPU seconds, IQM of the score.
     """
-    budget = max(r["budget"] for a in bench.agents for r in bench.runs(a, experiment))
+    runs = [r for a in bench.agents for r in bench.runs(a, experiment)]
+    budget = max((r["budget"] for r in runs), default=0)
     rows = [r for r in bench.runs(agent, experiment) if r["budget"] == budget and r.get("curve")]
     curves = [np.array([[0.0, 0.0, 0.0], *(p[:3] for p in r["curve"])]) for r in rows]
     if not curves:

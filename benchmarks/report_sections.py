@@ -48,10 +48,9 @@ def overview(bench: Bench) -> list[Section]:
         found.append(Section("Radar", text, figure("radar", alt, figures.radar(bench))))
     text = (
         "IQM over seeds with 95 % intervals (stratified bootstrap), the mean over an experiment's variants; "
-        "**all** is the IQM over all runs, experiments weighted alike: the best and the worst quarter are left out, "
-        "so that a few refusals cost little here. Bold: the best, where its interval lies "
-        "above all others' values. † a run failed. The optimum's score against itself is what sampling noise "
-        "leaves of 1."
+        "**all** is the IQM over all runs, experiments weighted alike; it leaves out the best and the worst "
+        "quarter, so that a few refusals cost little. Bold: the best, where its interval lies above all others' "
+        "values. † a run failed. The optimum's score against itself is what sampling noise leaves of 1."
     )
     found.append(Section("Scores", text, table=tables.score_table(bench)))
     table = tables.quality_table(bench)
@@ -92,9 +91,10 @@ def details(bench: Bench, frontiers: Mapping[str, Any]) -> list[Section]:
         found.append(Section(f"Score against {label}", text, drawn))
     alt = "Mean true reward of every agent against its KL to the reference, with the frontier."
     text = (
-        "Medians over runs, with 1.96 standard errors of the KL. Nothing can lie in the shaded region beyond the "
-        "frontier. Hollow: the agent has no likelihood, and its KL is at most this. Dotted: the reference's "
-        f"reward. Runs above the frontier by more than their KL's error: {len(bench.above_frontier)}."
+        "Medians over the runs of the first variant, with 1.96 standard errors of the KL. Nothing can lie in the "
+        "shaded region beyond the frontier. Hollow: the agent has no likelihood, and its KL is at most this. "
+        "Dotted: the reference's reward. Runs above the frontier by more than their KL's error: "
+        f"{len(bench.above_frontier)}."
     )
     drawn = figure("reward-kl", alt, curves.reward_against_kl(bench, frontiers))
     table = tables.frontier_table(bench)

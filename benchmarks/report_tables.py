@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.report_rows import Bench, Row, finished, finite, trouble
+from benchmarks.report_rows import Bench, Row, finished, finite, in_order, trouble
 from benchmarks.statistics import Estimate
 
 
@@ -100,7 +100,7 @@ def experiment_table(bench: Bench) -> Table:
             [
                 f"`{name}`",
                 bench.questions[name],
-                ", ".join(v for v in variants if v),
+                ", ".join(in_order(v for v in variants if v)),
                 _several(r["budget"] for r in mine if "budget" in r),
                 _several(r["beta"] for r in mine if "beta" in r),
                 str(len({r["seed"] for r in mine})),
@@ -128,7 +128,7 @@ def trouble_table(bench: Bench) -> Table:
 
 
 def _several_names(values: Iterable[str]) -> str:
-    return ", ".join(sorted(set(values) - {""}))
+    return ", ".join(in_order(sorted(set(values) - {""})))
 
 
 def missing_table(bench: Bench) -> Table:

@@ -17,16 +17,18 @@ class Report:
 
     Args:
         results: Folder of the rows, a .jsonl file for each experiment.
-        out: Folder of the report.
+        out: Folder of the report; default: report/ in that of the rows.
         json: Print the scores as one JSON object, and nothing else, on stdout.
     """
 
-    results: Path = Path("benchmarks/results/bench")
-    out: Path = Path("benchmarks/results/report")
+    results: Path = Path("runs/bench")
+    out: Path | None = None
     json: bool = False
 
     def run(self) -> int:
         """Make it."""
-        written = importlib.import_module("benchmarks.report").write(self)
-        print(json.dumps(written) if self.json else f"written to {self.out / 'report.html'}")
+        # By name, and late: the statistics and figures take a second that other commands need not wait.
+        folder = self.out or self.results / "report"
+        written = importlib.import_module("benchmarks.report").write(self.results, folder)
+        print(json.dumps(written) if self.json else f"written to {folder / 'report.html'}")
         return 0

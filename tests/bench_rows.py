@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
+
+from benchmarks.report_rows import Described
 
 NAMES = (
     "best-of-n", "rft", "hil-dd", "pfm", "d3po", "ppo", "grpo", "dpok", "flow-dpo", "dspo", "kto", "mapo", "nft",
@@ -29,16 +29,19 @@ SELECTS = ("best-of-n", "noise")  # know no KL, the first a bound
 
 
 def experiments(names=tuple(VARIANTS)):
-    return {
-        n: SimpleNamespace(question=f"What does {n} ask?", variants={v: {} for v in VARIANTS[n]})
-        for n in names
-    }
+    return {n: Described(f"What does {n} ask?", VARIANTS[n]) for n in names}
 
 
 def frontier(spread=0.3, start=0.3):
     """Of a reward that is normal under the reference, up to 1."""
     reward = np.linspace(start, 1.0, 60)
-    return {"reward": list(reward), "kl": list(((reward - start) / spread) ** 2 / 2)}
+    return {
+        "reward": list(reward),
+        "kl": list(((reward - start) / spread) ** 2 / 2),
+        "reference_reward": start,
+        "optimum_reward": 0.92,
+        "optimum_kl": ((0.92 - start) / spread) ** 2 / 2,
+    }
 
 
 def row(experiment, variant, agent, seed, score, rng, budget=1024):
