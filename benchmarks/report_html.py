@@ -16,7 +16,7 @@ CSS = """
   :root { --ink: #d9dde3; --paper: #14171c; --line: #3a414b; --link: #79b0e8; --soft: #1d2229 }
 }
 body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 76rem; padding: 1rem }
+  max-width: 80rem; padding: 1rem }
 a { color: var(--link) }
 nav a { margin-right: 1em; white-space: nowrap }
 h2 { margin-top: 2.2rem }
@@ -25,11 +25,12 @@ figure { margin: 1rem 0 }
 figure svg { height: auto; max-width: 100% }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.6rem; text-align: left; vertical-align: top }
+th, td { border-bottom: 1px solid var(--line); padding: 0.2rem 0.45rem; text-align: left; vertical-align: top }
 thead th { border-bottom-width: 2px }
 code { background: var(--soft); font-size: 0.92em; padding: 0 0.2em }
-small { white-space: nowrap }
+small, th { white-space: nowrap }
 summary { cursor: pointer; margin: 0.6rem 0 }
+@page { margin: 1.2cm; size: landscape }
 @media print {
   body { font-size: 9.5pt; max-width: none; padding: 0 }
   nav { display: none }
