@@ -7,10 +7,10 @@ The frontier's KL at a mean reward ``R`` is a Legendre transform (Cramér's rate
 so to first order only the error of ``log M`` at the best ``l`` counts (envelope theorem): ``sd(w) / sqrt(n)`` with
 the weights ``w = exp(l r) / M``; an error of ``R`` itself enters with ``dK/dR = l``. Under the optimum a mean is
 self-normalised, ``E*[f] = sum w f / sum w`` (Owen 2013, *Monte Carlo theory, methods and examples*, 9.2). Paths of
-Gaussian steps have ``KL = E_B sum_i KL(N(m_B, s_B^2) || N(m_A, s_A^2))`` (chain rule), at least that of their ends.
+Gaussian steps have ``KL = E_B sum_i KL(N(m_B, s_B^2) || N(m_A, s_A^2))`` (chain rule), no less than their ends.
 
-Where the weights rest on a few hundred effective samples, the errors are too small: the interval of the KL at a fixed
-``beta`` then held the truth 83 times of 100; with more than a thousand, 90 times and more.
+Where the weights rest on a few hundred effective samples, the errors are too small: the interval of the KL at a
+fixed ``beta`` then held the truth 83 times of 100; with more than a thousand, 90 times and more.
 """
 
 from __future__ import annotations
