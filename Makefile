@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 CODE := prefenv agents oracles benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format speed report wheel clean
+.PHONY: help setup demo test test-slow lint format speed wheel clean
 
 help: ## Print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,7 @@ format: setup ## Format the code and repair what can be repaired
 speed: setup ## Measure the speed of the environment and of training
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
+.PHONY: report
 report: setup ## Make tables and figures of the committed benchmark
 	$(BIN)/prefenv report --results benchmarks/results/bench --out benchmarks/results/report $(ARGS)
 
