@@ -71,7 +71,7 @@ def _improvement(bench: Bench) -> Section:
     p = wins[first, second]
     alt = (
         f"Matrix of {number} by {number} agents. A run of {first} beats one of {second} with probability "
-        f"{p.value:.2f} [{p.low:.2f}, {p.high:.2f}]."
+        f"{tables.interval(p)}."
     )
     text = (
         "How often a run of the row's agent beats one of the column's in the same experiment, in percent, ties "
