@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from probes import gaussian, gaussian_kl
+from probes import Chain, Linear, Plain, euler_gain, gaussian, gaussian_kl
 from scipy import stats
 
 from prefenv.errors import ConfigError, NoLogProbError
@@ -22,7 +22,7 @@ from prefenv.estimates import (
     path_kl,
     step_kl,
 )
-from prefenv.evaluation import energy_distance, frontier, frontier_kl, kl_divergence
+from prefenv.evaluation import Judge, energy_distance, frontier, frontier_kl, kl_divergence
 from prefenv.kernels import Kernel
 from prefenv.policy import FlowPolicy
 
@@ -134,6 +134,39 @@ def test_an_optimum_on_too_few_samples_is_refused():
             ConfigError, match=r"beta=0.1 rests on \d+ effective samples of 2000; raise beta"
         ):
             call()
+
+
+# What a judge tells of a model
+
+
+def test_what_a_judge_tells_is_within_its_sampling_error():
+    """``N(0, g^2 I)`` in the plane: normal rewards, Rayleigh residuals, a mean distance of ``g sqrt(pi)``."""
+    n, g, task = 256, euler_gain(1.0), Plain(dim=2)
+    reference, model = gaussian([0.5, 0.0], [1.0]), Chain(gaussian([0.0, 0.0], [1.0]))
+    some, all_ = (
+        Judge(reference, task, Linear(task, [1.0, 0.0], threshold), beta=1.0, n=n)
+        for threshold in (0.3, -99.0)
+    )
+    told = {"reward": [], "preferred_rate": [], "residual": [], "diversity": []}
+    for seed in range(100):
+        noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+        some.noise = all_.noise = noise
+        e = some.evaluate(model, kl=False)
+        for name in ("reward", "preferred_rate", "residual"):
+            told[name].append(getattr(e, name))
+        told["diversity"].append(all_.evaluate(model, kl=False).diversity * all_.spread)
+    rate, ray = stats.norm.sf(0.3 / g), stats.rayleigh(scale=g)
+    x = g * torch.randn(2, 3000, 2, generator=torch.Generator().manual_seed(0))
+    projected = torch.cdist(*x).mean(1).std()  # of a U statistic: 2 sd(E|x - Y|) / sqrt(n)
+    want = {
+        "reward": (0.0, g),
+        "preferred_rate": (rate, math.sqrt(rate * (1 - rate))),
+        "residual": (ray.median(), 1 / (2 * ray.pdf(ray.median()))),
+        "diversity": (g * math.sqrt(math.pi), 2 * float(projected)),
+    }
+    for name, (truth, spread) in want.items():
+        pairs = [(value, spread / math.sqrt(n)) for value in told[name]]
+        assert 90 <= held(pairs, truth) < 100, name
 
 
 # The KL of paths
