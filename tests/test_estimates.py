@@ -75,13 +75,17 @@ def test_frontier_estimate_is_frontier_kl_with_an_error():
 
 def test_errors_along_the_frontier_hold_the_truth():
     betas = S / torch.tensor([0.3, 0.6, 1.0], dtype=torch.float64)
-    inside = torch.zeros(2, 3)
+    inside, gaps, errors = torch.zeros(2, 3), [], []
     for i in range(100):
         r = rewards(seed=i)
         got, error = torch.stack(frontier(r, betas)), torch.stack(frontier_stderr(r, betas))
         truth = torch.stack([M + S**2 / betas, (S / betas) ** 2 / 2])
         inside += (got - truth).abs() < 1.96 * error
+        gaps.append(got - truth)
+        errors.append(error)
     assert bool((inside >= 90).all()), inside
+    ratio = torch.stack(errors).mean(0) / torch.stack(gaps).std(0)
+    assert bool((ratio < 1.3).all()), "no wider than need be"
 
 
 def test_nothing_lies_above_the_frontier_by_more_than_its_error():

@@ -223,7 +223,7 @@ def test_the_reference_is_no_nats_from_itself():
     """Equal steps of RK4 are too long near thin data: 16 of them make -4.8 nats of the KL of A to A."""
     flow = load_checkpoint(None, Shapes()).flow
     got, stderr = kl_divergence([flow], flow, 16)
-    assert abs(got) < 0.05 and stderr < 0.05
+    assert abs(got) < 0.025 and stderr < 0.02
     noise = torch.randn(16, 64, 2, generator=torch.Generator().manual_seed(0))
     rng = (torch.Generator().manual_seed(1) for _ in range(2))
     x, log_det = flow.integrate_with_log_det(noise, 16, "rk4", generator=next(rng))
