@@ -48,6 +48,10 @@ format: setup ## Format the code and repair what can be repaired
 speed: setup ## Measure the speed of the environment and of training
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
+.PHONY: report
+report: setup ## Make tables and figures of the committed benchmark
+	$(BIN)/prefenv report --results benchmarks/results/bench --out benchmarks/results/report $(ARGS)
+
 wheel: setup ## Build the wheel and the source archive into dist/
 	$(BIN)/python -m build
 

@@ -86,12 +86,12 @@ def agent_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def update_readme(path: Path, table: list[str], note: str) -> None:
-    """Put the table between the README's ``results`` marks."""
-    head, _, rest = path.read_text().partition("<!-- results -->")
-    _, mark, tail = rest.partition("<!-- /results -->")
+def update_readme(path: Path, table: list[str], note: str, name: str = "results") -> None:
+    """Put the table between the README's marks of that name."""
+    head, start, rest = path.read_text().partition(f"<!-- {name} -->")
+    _, end, tail = rest.partition(f"<!-- /{name} -->")
     body = "\n".join(["", *table, "", note, ""])
-    path.write_text(f"{head}<!-- results -->{body}{mark}{tail}")
+    path.write_text(f"{head}{start}{body}{end}{tail}")
 
 
 def main(args: Args) -> None:

@@ -21,6 +21,7 @@ from benchmarks.bench import Bench
 from prefenv import cli_feedback
 from prefenv.cli_label import Label
 from prefenv.cli_play import Play
+from prefenv.cli_report import Report
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig
@@ -238,6 +239,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "label": Label,
     "list": List,
     "check-agent": CheckAgent,
+    "report": Report,
     **cli_feedback.COMMANDS,
 }
 

@@ -32,6 +32,8 @@ from prefenv.policy import FlowPolicy
 from prefenv.tasks import Task
 from prefenv.tasks.conditions import rows_of
 
+SHIFT = 0.25  # of the times at which likelihoods are integrated
+
 
 class Generator(Protocol):
     """What can be evaluated: noises to samples, and the flows that do it (none = it has no likelihood).
@@ -140,11 +142,14 @@ def chain_log_prob(
     generator: torch.Generator,
     condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Samples of a chain of flows from ``noise``, by RK4, and their log-likelihoods under it."""
+    """Samples of a chain of flows from ``noise``, by RK4, and their log-likelihoods under it.
+
+    The steps are shorter near the data (``SHIFT``).
+    """
     x, log_prob = noise, normal_log_prob(noise)
     for flow in flows:
         x, log_det = flow.integrate_with_log_det(
-            x, steps, "rk4", condition=condition, generator=generator
+            x, steps, "rk4", shift=SHIFT, condition=condition, generator=generator
         )
         log_prob = log_prob - log_det
     return x, log_prob
@@ -153,12 +158,16 @@ def chain_log_prob(
 def kl_divergence(
     flows: list[RectifiedFlow],
     reference: RectifiedFlow,
-    n: int = 256,
-    steps: int = 16,
+    n: int = 128,
+    steps: int = 32,
     seed: int = 0,
     conditions: Tensor | None = None,
 ) -> tuple[float, float]:
     """``KL(B || A)`` in nats by the flows' log-likelihoods (RK4, Hutchinson), and its standard error.
+
+    There and back the probes are the same: most of their noise cancels, and the mean of what is left is 0 still.
+    The reference of ``shapes`` is then 0.01 nats from itself, that of ``shapes:noise=0.005`` 0.08; with 16 equal
+    steps they were -4.8 and 3.3, with 32 they are -0.04 and -10.
 
     With conditions ``(C, ...)`` it is the mean over them, about ``n / C`` samples of each.
     """
@@ -168,8 +177,10 @@ def kl_divergence(
     condition = None
     if conditions is not None:
         condition = conditions[torch.arange(n) % len(conditions)].to(device)
+    probes = rng.get_state()
     x, log_b = chain_log_prob(flows, noise, steps, rng, condition)
-    log_a = reference.log_prob(x, steps, "rk4", condition=condition, generator=rng)
+    rng.set_state(probes)
+    log_a = reference.log_prob(x, steps, "rk4", shift=SHIFT, condition=condition, generator=rng)
     gap = (log_b - log_a).double()
     return float(gap.mean()), float(gap.std() / math.sqrt(n))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,11 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
         raise ConfigError(f"steps must be at least 1, not {steps}")
     if not 0 < shift < math.inf:
         raise ConfigError(f"shift must be positive and finite, not {shift}")
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return _shifted(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+
+
+def _shifted(u: Any, shift: float) -> Any:
+    """``u / (u + shift (1 - u))``; its inverse is that of ``1 / shift``."""
     return u / (u + shift * (1 - u))
 
 
@@ -207,6 +212,7 @@ class RectifiedFlow(nn.Module):
         *,
         start: float = 0.0,
         stop: float = 1.0,
+        shift: float = 1.0,
         condition: Tensor | None = None,
         exact: bool = False,
         generator: torch.Generator | None = None,
@@ -214,9 +220,11 @@ class RectifiedFlow(nn.Module):
         """The state at ``stop`` and ``log |det d x(stop) / d x(start)|`` = the integral of ``div v``.
 
         Hutchinson's estimate uses one Rademacher probe per row, kept along the path, so it is unbiased.
+        ``shift`` is that of ``time_grid``: below 1, steps are shorter near the data, where thin data are stiff.
         """
         step, _ = _solver(method, steps)
-        times = torch.linspace(start, stop, steps + 1, dtype=torch.float64).to(x.dtype)
+        ends = (_shifted(t, 1 / shift) for t in (start, stop))
+        times = _shifted(torch.linspace(*ends, steps + 1, dtype=torch.float64), shift).to(x.dtype)
         probe = None
         if not exact:
             bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
@@ -238,6 +246,7 @@ class RectifiedFlow(nn.Module):
         steps: int = 32,
         method: str = "rk4",
         *,
+        shift: float = 1.0,
         condition: Tensor | None = None,
         exact: bool = False,
         generator: torch.Generator | None = None,
@@ -252,6 +261,7 @@ class RectifiedFlow(nn.Module):
             method,
             start=1.0,
             stop=0.0,
+            shift=shift,
             condition=condition,
             exact=exact,
             generator=generator,

@@ -1,0 +1,162 @@
+"""Estimates with their standard errors: the frontier, means and samples of the optimum, and the KL of whole paths.
+
+The frontier's KL at a mean reward ``R`` is a Legendre transform (Cramér's rate function; Csiszár 1975),
+
+    K(R) = max_l (l R - log M(l)),    M(l) = E_ref[exp(l r)],    l = 1 / beta,
+
+so to first order only the error of ``log M`` at the best ``l`` counts (envelope theorem): ``sd(w) / sqrt(n)`` with
+the weights ``w = exp(l r) / M``; an error of ``R`` itself enters with ``dK/dR = l``. Under the optimum a mean is
+self-normalised, ``E*[f] = sum w f / sum w`` (Owen 2013, *Monte Carlo theory, methods and examples*, 9.2). Paths of
+Gaussian steps have ``KL = E_B sum_i KL(N(m_B, s_B^2) || N(m_A, s_A^2))`` (chain rule), no less than their ends.
+
+Where the weights rest on a few hundred effective samples, the errors are too small: the interval of the KL at a
+fixed ``beta`` then held the truth 83 times of 100; with more than a thousand, 90 times and more.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from prefenv.device import make_generator
+from prefenv.errors import ConfigError, NoLogProbError
+from prefenv.evaluation import optimum_weights
+from prefenv.policy import FlowPolicy
+
+LEAST_SIZE = 100.0  # effective samples below which an importance estimate says nothing
+
+
+def frontier_kl_estimate(
+    rewards: Tensor, reward: float, reward_stderr: float = 0.0
+) -> tuple[float, float]:
+    """The least KL in nats at which the mean reward can be ``reward``, and its standard error.
+
+    Args:
+        rewards: Of independent reference samples, ``(n,)``.
+        reward: The mean reward; at or below the reference's own the KL is 0, without error.
+        reward_stderr: Standard error of ``reward``, from samples of its own.
+
+    Returns:
+        KL and its standard error; both infinite above the largest reward seen.
+    """
+    r = rewards.double()
+    if reward <= float(r.mean()):
+        return 0.0, 0.0
+    if reward >= float(r.max()):
+        return math.inf, math.inf
+    low, high = -9.0, 9.0  # log10 of l; the tilted mean rises with it
+    for _ in range(100):
+        middle = (low + high) / 2
+        at = float((r * 10.0**middle).softmax(0) @ r)
+        low, high = (middle, high) if at < reward else (low, middle)
+    tilt = 10.0**low
+    weight = (r * tilt).softmax(0) * len(r)
+    kl = tilt * reward - float((r * tilt).logsumexp(0)) + math.log(len(r))
+    return kl, math.hypot(float(weight.std()) / math.sqrt(len(r)), tilt * reward_stderr)
+
+
+def frontier_stderr(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard errors of ``prefenv.evaluation.frontier``'s mean rewards and KLs, each ``(len(betas),)``.
+
+    The influence of one sample is ``w (r - R)`` on the reward and ``l w (r - R) - (w - 1)`` on the KL.
+    """
+    r, tilt = rewards.double(), 1 / betas.double()[:, None]
+    weight = (r * tilt).softmax(1) * len(r)
+    moved = weight * (r - (weight * r).mean(1, keepdim=True))
+    influence = torch.stack([moved, tilt * moved - (weight - 1)])
+    reward, kl = influence.std(-1) / math.sqrt(len(r))
+    return reward, kl
+
+
+def optimum_mean(values: Tensor, rewards: Tensor, beta: float) -> tuple[float, float]:
+    """Mean of ``values`` ``(n,)`` of reference samples under ``p* ~ p_ref exp(r / beta)``, and its standard error.
+
+    Raises:
+        ConfigError: The weights rest on too few samples.
+    """
+    weight = _enough(rewards, beta)
+    mean = float(weight @ values.double())
+    return mean, float((weight * (values.double() - mean)).norm())
+
+
+def optimum_resample(
+    samples: Tensor, rewards: Tensor, beta: float, n: int, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """``n`` draws of ``p*`` by importance resampling of reference samples, and their effective size.
+
+    Some are drawn more than once, so distances *within* them come out too small; where enough survive,
+    ``prefenv.evaluation.optimum_samples`` gives independent ones.
+
+    Raises:
+        ConfigError: The weights rest on too few samples.
+    """
+    weight = _enough(rewards, beta).to(generator.device)
+    chosen = torch.multinomial(weight, n, replacement=True, generator=generator)
+    return samples[chosen.to(samples.device)], float(1 / weight.square().sum())
+
+
+def _enough(rewards: Tensor, beta: float) -> Tensor:
+    """The optimum's weights, ``(n,)``.
+
+    Raises:
+        ConfigError: Their effective size is below 100.
+    """
+    weight, size = optimum_weights(rewards, beta)
+    if size < LEAST_SIZE:
+        raise ConfigError(
+            f"the optimum at beta={beta} rests on {size:.0f} effective samples of {len(rewards)}; "
+            "raise beta or use more reference samples"
+        )
+    return weight
+
+
+def step_kl(mean_b: Tensor, std_b: float, mean_a: Tensor, std_a: float) -> Tensor:
+    """``KL(N(mean_b, std_b^2) || N(mean_a, std_a^2))`` of each row, ``(B,)``, summed over dimensions.
+
+    Raises:
+        NoLogProbError: A step is deterministic: the KL is infinite.
+    """
+    if not (std_a > 0 and std_b > 0):
+        raise NoLogProbError(
+            "the path KL of a deterministic step (std = 0) is infinite; open the kernel's window"
+        )
+    ratio = (std_b / std_a) ** 2
+    square = (mean_b - mean_a).flatten(1).double().square().sum(1)
+    return square / (2 * std_a**2) + mean_b[0].numel() * (ratio - 1 - math.log(ratio)) / 2
+
+
+@torch.no_grad()
+def path_kl(
+    policy: FlowPolicy,
+    reference: FlowPolicy,
+    n: int = 256,
+    seed: int = 0,
+    condition: Tensor | None = None,
+) -> tuple[float, float]:
+    """KL in nats of the policy's paths to the reference's, by walking the policy's, and its standard error.
+
+    Args:
+        policy: Model B with a kernel that is stochastic in every step.
+        reference: Model A on the same grid of times.
+        n: Paths.
+        seed: Of noises and steps.
+        condition: ``(n, ...)``, where the task has one.
+
+    Raises:
+        NoLogProbError: A step is deterministic.
+        ConfigError: The grids of times differ.
+    """
+    if not torch.equal(policy.times, reference.times):
+        raise ConfigError("paths can be compared on one grid of times only: same steps, same shift")
+    device = policy.flow.device
+    rng = make_generator(seed, device, "evaluation path kl")
+    x = torch.randn(n, *policy.flow.event_shape, generator=rng, device=device)
+    total = torch.zeros(n, dtype=torch.float64, device=device)
+    for i in range(policy.steps):
+        means = [p.mean(x, p.velocity(x, i, condition), i) for p in (policy, reference)]
+        total += step_kl(means[0], policy.std(i), means[1], reference.std(i))
+        noise = torch.randn(x.shape, generator=rng, device=device)
+        x = means[0] + policy.std(i) * noise
+    return float(total.mean()), float(total.std() / math.sqrt(n))
