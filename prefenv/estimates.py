@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError, NoLogProbError
-from prefenv.evaluation import optimum_weights
+from prefenv.optimum import optimum_weights
 from prefenv.policy import FlowPolicy
 
 LEAST_SIZE = 100.0  # effective samples below which an importance estimate says nothing
@@ -58,7 +58,7 @@ def frontier_kl_estimate(
 
 
 def frontier_stderr(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard errors of ``prefenv.evaluation.frontier``'s mean rewards and KLs, each ``(len(betas),)``.
+    """Standard errors of ``prefenv.optimum.frontier``'s mean rewards and KLs, each ``(len(betas),)``.
 
     The influence of one sample is ``w (r - R)`` on the reward and ``l w (r - R) - (w - 1)`` on the KL.
     """
@@ -87,7 +87,7 @@ def optimum_resample(
     """``n`` draws of ``p*`` by importance resampling of reference samples, and their effective size.
 
     Some are drawn more than once, so distances *within* them come out too small; where enough survive,
-    ``prefenv.evaluation.optimum_samples`` gives independent ones.
+    ``prefenv.optimum.optimum_samples`` gives independent ones.
 
     Raises:
         ConfigError: The weights rest on too few samples.

@@ -16,12 +16,13 @@ from oracles.jury import Jury
 from oracles.teacher import Teacher
 from prefenv.envs import FlowEnv, FlowVectorEnv
 from prefenv.errors import ConfigError, FeedbackError
-from prefenv.evaluation import Judge, energy_square, frontier, frontier_kl
+from prefenv.evaluation import Judge
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.feedback.files import dump
 from prefenv.flow import RectifiedFlow
 from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.offline import make_samples, rounds
+from prefenv.optimum import energy_square, frontier, frontier_kl
 from prefenv.oracle import Oracle
 from prefenv.policy import FlowPolicy, collect
 from prefenv.registry import AGENTS, lookup
@@ -486,7 +487,7 @@ def test_models_are_scored_condition_by_condition(judge):
     best = judge.evaluate(model)
     cov = task.std**2 * torch.eye(2)
     one = gaussian_kl(torch.tensor([NARROW * task.std, 0.0]), cov, torch.zeros(2), cov)
-    assert best.kl_nats == pytest.approx(one, abs=0.1)
+    assert abs(best.kl_nats - one) < 3 * best.kl_stderr < 0.3
     assert best.score > 0.8 and best.reward == pytest.approx(NARROW, abs=0.1)
     assert best.frontier_kl_nats == pytest.approx(NARROW / 2, rel=0.2)
     assert best.diversity == pytest.approx(1, abs=0.1)

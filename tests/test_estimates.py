@@ -22,8 +22,9 @@ from prefenv.estimates import (
     path_kl,
     step_kl,
 )
-from prefenv.evaluation import Judge, energy_distance, frontier, frontier_kl, kl_divergence
+from prefenv.evaluation import Judge, kl_divergence
 from prefenv.kernels import Kernel
+from prefenv.optimum import energy_distance, frontier, frontier_kl
 from prefenv.policy import FlowPolicy
 
 M, S = 0.3, 0.5

@@ -17,17 +17,9 @@ from scipy import integrate, stats
 from oracles.s_curve import SCurve
 from prefenv.checkpoints import load_checkpoint
 from prefenv.errors import ConfigError
-from prefenv.evaluation import (
-    Judge,
-    chain_log_prob,
-    energy_distance,
-    frontier,
-    frontier_kl,
-    kl_divergence,
-    optimum_samples,
-    optimum_weights,
-)
+from prefenv.evaluation import Judge, chain_log_prob, kl_divergence
 from prefenv.flow import normal_log_prob
+from prefenv.optimum import energy_distance, frontier, frontier_kl, optimum_samples, optimum_weights
 from prefenv.oracle import Oracle
 from prefenv.tasks.shapes import Shapes
 
