@@ -14,7 +14,7 @@ panel of one) is 1 where all members accept the sample, else 0. ``combine="mean"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class Jury(Oracle):
             self.differentiable = all(m.differentiable for m in self.members)
             pairs = zip(self.weights, self.members, strict=True)
             self.threshold = sum(w * m.threshold for w, m in pairs)
+
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
+        for member in self.members:
+            member.publish(agent, metrics)
 
     def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
         values = torch.stack([judged(m, panels, condition) for m in self.members], -1)

@@ -19,7 +19,7 @@ equal twice, so that 0.1 acts as 0.01 (here once); of two equal values it always
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,6 +96,9 @@ class Teacher(Oracle):
         self.beta, self.mistake, self.answer = beta, mistake, answer
         self.skip, self.equal = margin * skip, margin * equal
         self.generators = (make_generator(seed, stream="teacher"),)
+
+    def publish(self, agent: Any, metrics: dict[str, float]) -> None:
+        self.oracle.publish(agent, metrics)
 
     def judge(self, panels: Tensor, condition: Tensor | None = None) -> Tensor:
         values = self._values(panels, condition)

@@ -153,3 +153,16 @@ def test_cuda_agrees_with_cpu():
         there = jury.judge(x.cuda())
         assert there.is_cuda
         torch.testing.assert_close(there.cpu(), jury.judge(x), rtol=1e-4, atol=1e-5)
+
+
+def test_members_see_how_far_the_agent_is():
+    """So does the oracle behind a teacher."""
+
+    class Seen(Jury):
+        def publish(self, agent, metrics):
+            told.append((agent, metrics))
+
+    told = []
+    inner = Seen(TASK, ["s-curve"])
+    Jury(TASK, [Teacher(inner), "s-curve"]).publish("agent", {"loss": 1.0})
+    assert told == [("agent", {"loss": 1.0})]
