@@ -20,6 +20,7 @@ from prefenv.kernels import Kernel
 
 TASKS = {
     "shapes": "prefenv.tasks.shapes:Shapes",
+    "gaussians": "prefenv.tasks.gaussians:Gaussians",
 }
 AGENTS = {
     "hil-dd": "agents.hil_dd:HilDD",
@@ -48,6 +49,7 @@ ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
+    "two-modes": "oracles.two_modes:TwoModes",
     "jury": "oracles.jury:Jury",
     "learned": "oracles.learned:Learned",
     "terminal": "oracles.terminal:Terminal",

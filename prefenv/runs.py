@@ -52,8 +52,8 @@ class RunConfig:
 
     Args:
         agent: Agent, by name; settings may follow, ``ppo:lr=1e-4``.
-        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``. It scores the agent too, or
-            where it has no true score, the task's default oracle does.
+        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``; None = the task's default. It
+            scores the agent too, or where it has no true score, the task's default oracle does.
         teacher: Settings of an imperfect teacher who answers in the oracle's place, ``beta=2,mistake=0.1``.
         feedback: Feedback file or folder that an offline agent learns from; budget and panel size are its own.
         task: Task, by name.
@@ -68,7 +68,7 @@ class RunConfig:
     """
 
     agent: str = "ppo"
-    oracle: str = "s-curve"
+    oracle: str | None = None
     task: str = "shapes"
     queries: int = 4096
     panel_size: int = 4
@@ -82,6 +82,8 @@ class RunConfig:
     feedback: str | None = None
 
     def __post_init__(self) -> None:
+        if self.oracle is None:
+            object.__setattr__(self, "oracle", make_task(self.task).default_oracle)
         if self.feedback is not None:
             for name, value in read_shape(self.feedback).items():
                 object.__setattr__(self, name, value)
@@ -150,6 +152,7 @@ class RunConfig:
         lookup("task", parse(self.task)[0])  # its error is ours, not gymnasium's
         return gym.make_vec(
             f"prefenv/{parse(self.task)[0].capitalize()}-v0",
+            task=self.task,
             num_envs=self.num_envs(),
             oracle=self.answerer(),
             panel_size=self.panel_size,
@@ -234,8 +237,8 @@ def align(
 
 
 def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
-    """The reference's samples (red) above each model's from the same noises (green)."""
-    noise = judge.noise[:n]
+    """The reference's samples (red) and each model's from the same noises (green)."""
+    noise = judge.noise if judge.task.overlay else judge.noise[:n]
     reference = (
         FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
         .sample(noise)
@@ -244,7 +247,8 @@ def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
     )
     rows = [reference, *(m.sample(noise).cpu().numpy() for m in models.values())]
     colors = [plotting.RED, *[plotting.GREEN] * len(models)]
-    return plotting.sheet(judge.task, rows, colors, ["reference", *models])
+    draw = plotting.overlays if judge.task.overlay else plotting.sheet
+    return draw(judge.task, rows, colors, ["reference", *models])
 
 
 def writable(folder: Path) -> None:

@@ -10,7 +10,7 @@ from prefenv.cli import main
 from prefenv.device import make_generator
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.oracle import Oracle
-from prefenv.registry import ORACLES, lookup, make_oracle, make_teacher
+from prefenv.registry import ORACLES, TASKS, lookup, make_oracle, make_task, make_teacher
 from prefenv.reward import RewardEnsemble, save_reward
 from prefenv.tasks.shapes import Shapes
 from prefenv.testing import ContractError, check_oracle
@@ -39,13 +39,17 @@ def settings(tmp_path_factory):
     }
 
 
+DEFAULTS = {make_task(t).default_oracle: t for t in TASKS}
+
+
 @pytest.mark.parametrize("name", sorted(ORACLES.keys() - PERSONS))
 def test_named_oracles_keep_the_contract(name, settings, capsys):
-    samples, _ = TASK.data(24, make_generator(0))
+    task = make_task(DEFAULTS.get(name, "shapes"))
+    samples, _ = task.data(24, make_generator(0))
     text = name + settings.get(name, "")
-    oracle = make_oracle(text, TASK)
+    oracle = make_oracle(text, task)
     check_oracle(oracle, samples, low=0, high=1)
-    assert main(["check-oracle", text]) == 0
+    assert main(["check-oracle", text, "--task", task.name]) == 0
     assert "all checks passed" in capsys.readouterr().out
     check_oracle(make_teacher("beta=2,mistake=0.1", oracle), samples, low=0, high=1)
 

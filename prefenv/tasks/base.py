@@ -46,6 +46,7 @@ class Task:
         beta: Temperature of the stated optimum ``p* ~ p_ref exp(r / beta)``.
         shift: Of the grid of times on which samples are made, see ``prefenv.flow.time_grid``; 1 = equal steps.
         bound: Largest absolute coordinate an action may have; the data lies far inside.
+        overlay: Whether a figure shows many samples in one picture: where each is a point, say.
         train: How the reference is trained.
     """
 
@@ -55,6 +56,7 @@ class Task:
     beta: float = 0.1
     shift: float = 1.0
     bound: float = 10.0
+    overlay: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
@@ -79,7 +81,7 @@ class Task:
         raise NotImplementedError
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
-        """Draw one sample ``(*event_shape,)`` on matplotlib axes."""
+        """Draw one sample ``(*event_shape,)`` on matplotlib axes; with ``overlay`` also many at once."""
         raise NotImplementedError
 
     def points2d(self, x: np.ndarray) -> np.ndarray:
