@@ -2,10 +2,10 @@
 
     python -m benchmarks.gaussians          about 5 minutes on one core; finished runs are not repeated
 
-What preference flow matching was compared with (Kim et al. 2024, arXiv 2405.20234, its figure of 8 Gaussians; not in
-its public code): RLHF by a Bradley-Terry reward, DPO, PFM, PFM re-applied and PFM iterated, each with the same
-number of judged samples. The two preferred modes have 3/16 and 1/16 of the reference, so the question is whether
-the small one is kept. Optimum, frontier and the reference's density are exact (quadrature). Writes
+What preference flow matching was compared with (Kim et al. 2024, arXiv 2405.20234, its figure of 8 Gaussians,
+which is not in its public code): RLHF by a Bradley-Terry reward, DPO, PFM, PFM re-applied and PFM iterated, each
+with the same number of judged samples. The two preferred modes have 3/16 and 1/16 of the reference, so the question
+is whether the small one is kept. Optimum, frontier and the reference's density are exact (quadrature). Writes
 ``gaussians.jsonl`` (a line a run), ``gaussians.md`` and ``gaussians.png`` to ``benchmarks/results/``.
 """
 
@@ -86,7 +86,9 @@ def reward_model(path: Path, config: RunConfig) -> Path:
     task = make_task(config.task)
     flow = load_checkpoint(None, task).flow
     noise = torch.randn(config.queries, 2, generator=make_generator(config.seed, stream="answers"))
-    panels = FlowPolicy(flow, steps=config.steps).sample(noise).unflatten(0, (-1, config.panel_size))
+    panels = (
+        FlowPolicy(flow, steps=config.steps).sample(noise).unflatten(0, (-1, config.panel_size))
+    )
     answers = make_oracle(config.oracle, task).judge(panels)
     path.parent.mkdir(parents=True, exist_ok=True)
     feedback = path.with_suffix(".sqlite")
@@ -118,7 +120,7 @@ def numbers(judge: Judge, model: Any, grid: tuple[Tensor, Tensor]) -> dict[str, 
     rewards, mass = grid
     flows, kl = model.chain(), math.nan
     if flows:
-        x, log_b = chain_log_prob(flows, judge.noise[:1024], 32, make_generator(0))
+        x, log_b = chain_log_prob(flows, judge.noise, 32, make_generator(0))
         kl = float((log_b - task.log_density(x)).mean())
     reward = float(judge.oracle.score(samples).mean())
     return {
@@ -171,9 +173,9 @@ def main(args: Args) -> None:
         "# 8 Gaussians, two preferred: is the small one kept?",
         "",
         f"`python -m benchmarks.gaussians`, seeds {args.first} to {args.first + args.seeds - 1}, {args.queries} "
-        "judged samples in panels of 4 each, the agents' own defaults. Median (range). The preferred modes hold 3/16 "
-        "and 1/16 of the reference: the small one's share of the two is 0.25 there, and in the exact optimum. KL: of "
-        "model B's likelihood to the exact density; beside it the least that its mean reward costs (quadrature).",
+        "judged samples in panels of 4 each. Median (range). The preferred modes hold 3/16 and 1/16 of the "
+        "reference: the small one's share of the two is 0.25 there, and in the exact optimum. KL: of model B's "
+        "likelihood to the exact density; beside it the least that its mean reward costs (quadrature).",
         "",
         f"| method | agent | {' | '.join(COLUMNS.values())} |",
         "|---" * (len(COLUMNS) + 2) + "|",
@@ -186,7 +188,7 @@ def main(args: Args) -> None:
     lines += [
         f"| exact optimum | | {' | '.join(cells)} |",
         "",
-        f"![samples of the reference, the methods and the optimum](gaussians.png)",
+        "![samples of the reference, the methods and the optimum](gaussians.png)",
         "",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
         "",

@@ -2,8 +2,8 @@
 
     score(x) = max_k a_k / (1 + (d_k / width)^4)                                    in [0, 1]
 
-with ``d_k`` the distance to the preferred mode k and ``a_k`` its value. It is flat inside a mode, so that a tilt by
-it leaves the mode's form as it is, and has a tail that a gradient can follow. **Accepted from 0.5**, which is at
+with ``d_k`` the distance to the preferred mode k and ``a_k`` its value. It is nearly flat inside a mode, and has a
+tail that a gradient can follow. **Accepted from 0.5**, which is at
 ``width``: 3 standard deviations of the data by default. With equal values the optimum keeps the masses of the two
 as they are in the reference, 3 to 1: an agent that forgets the small one has lost a quarter of what is preferred.
 """
@@ -42,9 +42,7 @@ class TwoModes(ScriptedOracle):
     ):
         super().__init__(task, answer)
         if not isinstance(task, Gaussians):
-            raise ConfigError(
-                f"the two-modes oracle judges the gaussians task, not {task.name!r}"
-            )
+            raise ConfigError(f"the two-modes oracle judges the gaussians task, not {task.name!r}")
         if not modes or len(modes) != len(values) or not set(modes) <= set(range(MODES)):
             raise ConfigError(f"two-modes: {modes!r} are no modes from 0 to 7 with a value each")
         if not all(0 < v <= 1 for v in values) or width <= 0:

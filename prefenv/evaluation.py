@@ -54,9 +54,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return math.sqrt(max(square, 0.0))
 
 
-def frontier(
-    rewards: Tensor, betas: Tensor, mass: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def frontier(rewards: Tensor, betas: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The frontier's points at temperatures ``betas``: mean reward and KL in nats, each ``(len(betas),)``.
 
     Args:

@@ -52,7 +52,7 @@ class RunConfig:
 
     Args:
         agent: Agent, by name; settings may follow, ``ppo:lr=1e-4``.
-        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``; None = the task's default. It
+        oracle: Oracle, by name; settings may follow, ``s-curve:answer=choose``; '' = the task's default. It
             scores the agent too, or where it has no true score, the task's default oracle does.
         teacher: Settings of an imperfect teacher who answers in the oracle's place, ``beta=2,mistake=0.1``.
         feedback: Feedback file or folder that an offline agent learns from; budget and panel size are its own.
@@ -68,7 +68,7 @@ class RunConfig:
     """
 
     agent: str = "ppo"
-    oracle: str | None = None
+    oracle: str = ""
     task: str = "shapes"
     queries: int = 4096
     panel_size: int = 4
@@ -82,7 +82,7 @@ class RunConfig:
     feedback: str | None = None
 
     def __post_init__(self) -> None:
-        if self.oracle is None:
+        if not self.oracle:
             object.__setattr__(self, "oracle", make_task(self.task).default_oracle)
         if self.feedback is not None:
             for name, value in read_shape(self.feedback).items():

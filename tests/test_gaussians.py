@@ -61,7 +61,9 @@ def small_share(x):
 
 def test_data_is_the_stated_mixture(data):
     x, kind = data
-    assert torch.equal(torch.bincount(kind, minlength=8), torch.tensor([2, 3, 2, 2, 2, 1, 2, 2]) * N // 16)
+    assert torch.equal(
+        torch.bincount(kind, minlength=8), torch.tensor([2, 3, 2, 2, 2, 1, 2, 2]) * N // 16
+    )
     for k in range(8):
         mine = x[kind == k]
         angle = k * math.pi / 4
@@ -201,7 +203,9 @@ def test_optimum_keeps_both_modes(grid):
     """Equal values leave 3 to 1; a value that is 0.1 larger weighs ``exp(0.1 / beta)`` in the middle of a mode."""
     tilt = tilted(grid)
     kind = TASK.classify(grid[0])
-    assert float(tilt[kind == SMALL].sum() / tilt[kind == LARGE].sum()) == pytest.approx(1 / 3, rel=1e-6)
+    assert float(tilt[kind == SMALL].sum() / tilt[kind == LARGE].sum()) == pytest.approx(
+        1 / 3, rel=1e-6
+    )
     assert float(tilt[(kind == SMALL) | (kind == LARGE)].sum()) > 0.999
     other = TwoModes(TASK, values=(0.9, 1.0)).score(grid[0])
     tilt = (grid[1].log() + other / 0.1).softmax(0)

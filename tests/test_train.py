@@ -18,7 +18,9 @@ from prefenv.train import measure, train_reference
 TASK = make_task("shapes")
 
 
-each_task = pytest.mark.parametrize("task", [make_task(n) for n in names("task")], ids=names("task"))
+each_task = pytest.mark.parametrize(
+    "task", [make_task(n) for n in names("task")], ids=names("task")
+)
 
 
 def weights(trained):
