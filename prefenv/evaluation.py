@@ -186,8 +186,8 @@ class Judge:
         oracle: The oracle with a true score.
         steps: Steps of the common sampler.
         beta: Temperature; None = the task's.
-        n_reference: Reference samples behind the optimum and the frontier.
-        n: Samples of each side of a distance.
+        n_reference: Reference samples behind the optimum and the frontier; None = twice ``task.samples``.
+        n: Samples of each side of a distance; None = a quarter of ``task.samples``.
     """
 
     def __init__(
@@ -198,13 +198,15 @@ class Judge:
         *,
         steps: int = 16,
         beta: float | None = None,
-        n_reference: int = 16384,
-        n: int = 2048,
+        n_reference: int | None = None,
+        n: int | None = None,
     ):
         if not isinstance(oracle, ScriptedOracle):
             raise ConfigError("evaluation needs an oracle with a true score (a scripted one)")
         self.reference, self.task, self.oracle, self.steps = reference, task, oracle, steps
         self.beta = task.beta if beta is None else beta
+        n_reference = n_reference or 2 * task.samples
+        n = n or task.samples // 4
         rng = make_generator(0, stream="evaluation reference")
         noise = torch.randn(n_reference, *task.event_shape, generator=rng)
         policy = FlowPolicy(reference, steps=steps, shift=task.shift)
@@ -216,20 +218,26 @@ class Judge:
         weight, self.effective_size = optimum_weights(self.rewards, self.beta)
         self.optimum_reward = float((weight * self.rewards).sum())
         self.optimum_kl = float(frontier(self.rewards, torch.tensor([self.beta]))[1])
-        self.distance = energy_distance(self.samples[:n], self.optimum)
+        self.distance = self._distance(self.samples[:n])
         if self.distance == 0:
             raise ConfigError(
                 f"at beta={self.beta} the optimum is no other than the reference: lower beta, or take an oracle "
                 "that tells its samples apart"
             )
-        self.spread = _spread(self.optimum[self.optimum_rewards() >= oracle.threshold])
+        self.spread = self._spread(self.optimum[self.optimum_rewards() >= oracle.threshold])
         self.optimum_score = self.score(other)
         model_noise = make_generator(0, stream="evaluation model")
         self.noise = torch.randn(n, *task.event_shape, generator=model_noise)
 
     def score(self, samples: Tensor) -> float:
         """``1 - D(samples, p*) / D(A, p*)``."""
-        return 1 - energy_distance(samples, self.optimum) / self.distance
+        return 1 - self._distance(samples) / self.distance
+
+    def _distance(self, samples: Tensor) -> float:
+        return energy_distance(self.task.embed(samples), self.task.embed(self.optimum))
+
+    def _spread(self, samples: Tensor) -> float:
+        return _spread(self.task.embed(samples)) if len(samples) else 0.0
 
     def evaluate(self, model: Generator, *, kl: bool = True) -> Evaluation:
         """Evaluate a model; ``kl=False`` leaves the likelihoods out (NaN)."""
@@ -238,7 +246,7 @@ class Judge:
         accepted = rewards >= self.oracle.threshold
         nats, stderr, flows = math.nan, math.nan, model.chain()
         if kl and flows:
-            nats, stderr = kl_divergence(flows, self.reference)
+            nats, stderr = kl_divergence(flows, self.reference, self.task.samples // 32)
         reward = float(rewards.double().mean())
         return Evaluation(
             reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
@@ -253,7 +261,7 @@ class Judge:
             frontier_kl_nats=frontier_kl(self.rewards, reward),
             residual=float(self.task.residual(samples).median()),
             reference_residual=float(self.task.residual(self.samples).median()),
-            diversity=_spread(samples[accepted]) / self.spread if self.spread else math.nan,
+            diversity=self._spread(samples[accepted]) / self.spread if self.spread else math.nan,
             optimum_effective_size=self.effective_size,
         )
 

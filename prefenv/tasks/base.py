@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefenv.flow import RectifiedFlow
 from prefenv.networks import VelocityField, VelocityMLP
 
 
@@ -46,6 +47,7 @@ class Task:
         beta: Temperature of the stated optimum ``p* ~ p_ref exp(r / beta)``.
         shift: Of the grid of times on which samples are made, see ``prefenv.flow.time_grid``; 1 = equal steps.
         bound: Largest absolute coordinate an action may have; the data lies far inside.
+        samples: Samples that a measurement of a reference makes; an evaluation makes twice as many.
         overlay: Whether a figure shows many samples in one picture: where each is a point, say.
         train: How the reference is trained.
     """
@@ -56,6 +58,7 @@ class Task:
     beta: float = 0.1
     shift: float = 1.0
     bound: float = 10.0
+    samples: int = 8192
     overlay: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -68,6 +71,10 @@ class Task:
         """A fresh velocity network of the task's standard size."""
         return VelocityMLP(self.event_shape)
 
+    def flow(self) -> RectifiedFlow:
+        """A fresh flow of that network."""
+        return RectifiedFlow(self.network())
+
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``n`` real samples ``(n, *event_shape)`` float32 and their classes ``(n,)``, on the CPU."""
         raise NotImplementedError
@@ -79,6 +86,10 @@ class Task:
     def classify(self, x: Tensor) -> Tensor:
         """Class of each sample, ``(n,)`` indices into ``classes``."""
         raise NotImplementedError
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Where samples lie as points ``(n, d)``, whose distances say how different they are."""
+        return x.flatten(1)
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
         """Draw one sample ``(*event_shape,)`` on matplotlib axes; with ``overlay`` also many at once."""
