@@ -145,6 +145,13 @@ def run(args: Args, method: str, seed: int, judge: Judge) -> tuple[dict[str, Any
     return {"method": method, **summary}, agent.restore(unpack(folder / "model.safetensors"))
 
 
+def line(rows: list[dict[str, Any]], method: str) -> str:
+    """A Markdown line: median and range over the seeds."""
+    mine = [r for r in rows if r["method"] == method]
+    cells = [spread([r[k] for r in mine], 2 if "KL" in v else 3) for k, v in COLUMNS.items()]
+    return f"| {method} | `{METHODS[method]}` | {' | '.join(cells)} |"
+
+
 def main(args: Args) -> None:
     """Run what is missing, and write the results."""
     judge = RunConfig(task="gaussians", device="cpu").judge()
@@ -174,17 +181,14 @@ def main(args: Args) -> None:
         "# 8 Gaussians, two preferred: is the small one kept?",
         "",
         f"`python -m benchmarks.gaussians`, seeds {args.first} to {args.first + args.seeds - 1}, {args.queries} "
-        "judged samples in panels of 4 each. Median (range). The preferred modes hold 3/16 and 1/16 of the "
-        "reference: the small one's share of the two is 0.25 there, and in the exact optimum. KL: of model B's "
+        "judged samples in panels of 4 each, settings by a few trials of each on seed 100. Median (range). The "
+        "preferred modes hold 3/16 and 1/16 of the reference: the small one's share of the two is 0.25 there, and in the exact optimum. KL: of model B's "
         "likelihood to the exact density; beside it the least that its mean reward costs (quadrature).",
         "",
         f"| method | agent | {' | '.join(COLUMNS.values())} |",
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
-    for method in args.methods:
-        mine = [r for r in rows if r["method"] == method]
-        cells = [spread([r[k] for r in mine], 2 if "KL" in v else 3) for k, v in COLUMNS.items()]
-        lines.append(f"| {method} | `{METHODS[method]}` | {' | '.join(cells)} |")
+    lines += [line(rows, method) for method in args.methods]
     cells = [f"{bounds[k]:.{2 if 'KL' in v else 3}f}" for k, v in COLUMNS.items()]
     lines += [
         f"| exact optimum | | {' | '.join(cells)} |",

@@ -78,7 +78,7 @@ class Clouds(Task):
     shift: float = 6.0
     samples: int = 512
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(iterations=3000, batch=32, early=2.0)
+        default_factory=lambda: TrainConfig(iterations=2500, batch=32, early=2.0)
     )
     points: int = 400
     s_rate: float | None = None
