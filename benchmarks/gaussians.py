@@ -182,8 +182,9 @@ def main(args: Args) -> None:
         "",
         f"`python -m benchmarks.gaussians`, seeds {args.first} to {args.first + args.seeds - 1}, {args.queries} "
         "judged samples in panels of 4 each, settings by a few trials of each on seed 100. Median (range). The "
-        "preferred modes hold 3/16 and 1/16 of the reference: the small one's share of the two is 0.25 there, and in the exact optimum. KL: of model B's "
-        "likelihood to the exact density; beside it the least that its mean reward costs (quadrature).",
+        "preferred modes hold 3/16 and 1/16 of the reference: the small one's share of the two is 0.25 there, and "
+        "in the exact optimum. KL: of model B's likelihood to the exact density; beside it the least that its "
+        "mean reward costs (quadrature).",
         "",
         f"| method | agent | {' | '.join(COLUMNS.values())} |",
         "|---" * (len(COLUMNS) + 2) + "|",

@@ -21,6 +21,7 @@ from prefenv.kernels import Kernel
 TASKS = {
     "shapes": "prefenv.tasks.shapes:Shapes",
     "gaussians": "prefenv.tasks.gaussians:Gaussians",
+    "clouds": "prefenv.tasks.clouds:Clouds",
 }
 AGENTS = {
     "hil-dd": "agents.hil_dd:HilDD",
@@ -50,6 +51,7 @@ ORACLES = {
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
     "two-modes": "oracles.two_modes:TwoModes",
+    "s-cloud": "oracles.s_cloud:SCloud",
     "jury": "oracles.jury:Jury",
     "learned": "oracles.learned:Learned",
     "terminal": "oracles.terminal:Terminal",
