@@ -5,7 +5,7 @@
 Both start from the same network (``prefenv import-hil-dd``), show panels of four and are told which are S curves;
 a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does, one Adam step of 1e-3 a
 panel; ``learned-reward`` chooses what it asks from its own samples. Measured on 48 fixed noises: share of S
-curves, and median Chamfer distance to the nearer curve. Writes ``clouds.jsonl`` (a line a run and panel),
+curves, and median Chamfer distance to the nearer curve, also in units of real clouds' own. Writes ``clouds.jsonl`` (a line a run and panel),
 ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
 """
 
@@ -29,12 +29,12 @@ from prefenv.envs import FlowVectorEnv
 from prefenv.hil_dd import TASK, read_hil_dd
 from prefenv.registry import agent_config, make_agent, make_task
 from prefenv.runs import versions
-from prefenv.tasks.clouds import S_CURVE
+from prefenv.tasks.clouds import ROLL, S_CURVE
 
 RESULTS = Path(__file__).parent / "results"
 AGENTS = {
     "hil-dd": "hil-dd:lr=1e-3,updates=1,horizon=1.0,times={times},data_batch={data}",
-    "learned-reward": "learned-reward:pool=256,effective=32,growth=1,anchors=32,updates=60,batch=16",
+    "learned-reward": "learned-reward:pool=384,effective=32,growth=1,anchors=48,updates=80,batch=16",
 }
 PANELS = 3
 
@@ -73,11 +73,14 @@ class Args:
 
 
 def measure(task: Any, samples: Tensor) -> dict[str, float]:
-    """Share of S curves, and median Chamfer distance to the nearer curve."""
-    residuals = task.residuals(samples)
+    """Share of S curves, median Chamfer distance to the nearer curve, and in units of the data's own there."""
+    data, kind = task.data(64, make_generator(2, stream="clouds"))
+    own = torch.stack([task.residuals(data[kind == k])[:, k].median() for k in (ROLL, S_CURVE)])
+    residual, nearer = task.residuals(samples).min(1)
     return {
-        "s_rate": float((residuals.argmin(1) == S_CURVE).double().mean()),
-        "residual": float(residuals.amin(1).median()),
+        "s_rate": float((nearer == S_CURVE).double().mean()),
+        "residual": float(residual.median()),
+        "ratio": float((residual / own[nearer]).median()),
     }
 
 
@@ -111,14 +114,14 @@ def course(args: Args, name: str, seed: int, noise: Tensor) -> tuple[list[dict[s
 def table(rows: list[dict[str, Any]], agents: tuple[str, ...]) -> list[str]:
     """A Markdown line an agent and panel: median and range over the seeds."""
     lines = [
-        "| agent | informative panels | share of S curves | Chamfer residual | panels shown |",
-        "|---|---|---|---|---|",
+        "| agent | informative panels | share of S curves | Chamfer residual | / the data's own | panels shown |",
+        "|---" * 6 + "|",
     ]
     for name in agents:
         for k in range(PANELS + 1):
             mine = [r for r in rows if r["agent"] == name and r["informative"] == k]
             cells = []
-            for key, digits in (("s_rate", 2), ("residual", 3), ("panels", 0)):
+            for key, digits in (("s_rate", 2), ("residual", 3), ("ratio", 2), ("panels", 0)):
                 values = [r[key] for r in mine]
                 low, middle, high = min(values), statistics.median(values), max(values)
                 cells.append(f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")

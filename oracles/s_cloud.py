@@ -1,11 +1,11 @@
 """``s-cloud``: prefers clouds that are S curves to Swiss rolls, and clean ones; no order of points is assumed.
 
-With ``d_S`` and ``d_R`` the Chamfer distances to the two curves (``prefenv.tasks.clouds``), the value is
+With ``d_S^2`` and ``d_R^2`` half the squared Chamfer distances to the two curves (``prefenv.tasks.clouds``), it is
 
     score = d_R^2 / (d_R^2 + d_S^2)  *  1 / (1 + (d_S / width)^2)            in [0, 1]
 
 as ``s-curve``'s, whose distances are Procrustes' of ordered points. It is differentiable wherever the nearest
-points do not change. A cloud is accepted from a score of 0.5, near ``d_S = width``.
+points do not change. A cloud is accepted from a score of 0.5, just below ``d_S = width``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SCloud(ScriptedOracle):
     Args:
         task: The clouds task.
         answer: ``score``, ``choose`` or ``best``.
-        width: Chamfer distance at which cleanness has fallen to one half.
+        width: Root mean square distance at which cleanness has fallen to one half.
     """
 
     threshold = 0.5
@@ -38,6 +38,6 @@ class SCloud(ScriptedOracle):
         self.clouds, self.width = task, width
 
     def score(self, samples: Tensor) -> Tensor:
-        squared = self.clouds.residuals(samples).square()
+        squared = self.clouds.residuals(samples, 2)
         roll, s = squared[..., ROLL], squared[..., S_CURVE]
         return roll / (roll + s) / (1 + s / self.width**2)

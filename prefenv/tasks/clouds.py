@@ -126,11 +126,13 @@ class Clouds(Task):
         blur = 0.1 * torch.randn(n, self.points, 2, generator=generator)
         return scale_to_range(clean + blur), kind
 
-    def residuals(self, x: Tensor) -> Tensor:
-        """Chamfer distance to each class's curve, ``(n, 2)``: mean distance there and back, halved."""
+    def residuals(self, x: Tensor, power: int = 1) -> Tensor:
+        """Chamfer distance to each class's curve, ``(n, 2)``: half of ``distance^power``, mean there and back."""
         curves = [template(k).to(x) for k in (ROLL, S_CURVE)]
         parts = x.split(64)
-        return torch.cat([torch.stack([chamfer(p, c, 1) / 2 for c in curves], -1) for p in parts])
+        return torch.cat(
+            [torch.stack([chamfer(p, c, power) / 2 for c in curves], -1) for p in parts]
+        )
 
     def residual(self, x: Tensor) -> Tensor:
         """Chamfer distance to the nearer class's curve."""
@@ -143,8 +145,9 @@ class Clouds(Task):
         """Order statistics of clouds along 8 directions; distances: sliced 2-Wasserstein times sqrt 2."""
         angle = torch.arange(8, device=x.device) * (math.pi / 8)
         across = x @ torch.stack([angle.cos(), angle.sin()]).to(x)
-        quantiles = torch.stack([q.mean(1) for q in across.sort(1).values.tensor_split(20, 1)], 1)
-        return quantiles.flatten(1) / math.sqrt(quantiles[0].numel() / 2)
+        parts = across.sort(1).values.tensor_split(min(20, self.points), 1)
+        quantiles = torch.cat([q.mean(1) for q in parts], 1)
+        return quantiles / math.sqrt(quantiles.shape[1] / 2)
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
         axes.scatter(x[:, 0], x[:, 1], s=2.5, color=color, lw=0)
