@@ -5,8 +5,8 @@
 Both start from the same network (``prefenv import-hil-dd``), show panels of four and are told which are S curves;
 a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does, one Adam step of 1e-3 a
 panel; ``learned-reward`` chooses what it asks from its own samples. Measured on 48 fixed noises: share of S
-curves, and median Chamfer distance to the nearer curve, also in units of real clouds' own. Writes ``clouds.jsonl`` (a line a run and panel),
-``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
+curves, and median Chamfer distance to the nearer curve, also in units of real clouds' own. Writes
+``clouds.jsonl`` (a line a run and panel), ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
 """
 
 from __future__ import annotations

@@ -275,6 +275,14 @@ def test_network_takes_one_time_or_one_a_row_and_any_number_of_points(network):
     assert network(x[:, :5], t).shape == (3, 5, 2)
 
 
+@torch.no_grad()
+def test_many_sets_are_taken_in_parts(network):
+    x, t = torch.randn(37, 20, 2).double(), torch.rand(37).double()
+    whole = network._body(x, t)
+    torch.testing.assert_close(network(x, t), whole)
+    torch.testing.assert_close(network(x, t[0]), network._body(x, t[:1].expand(37)))
+
+
 def test_hil_dd_network_is_not_equivariant():
     net = HilDDVelocity((20, 2), width=8).requires_grad_(False)
     torch.nn.init.normal_(net.layernorm1.weight)
