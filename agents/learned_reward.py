@@ -165,7 +165,7 @@ class LearnedReward(Agent):
         del self.pool[self.size :], self.mixtures[self.size :]
         while len(self.pool) < self.size:
             sample = self.env.policy(self.reference).sample(self.noise(len(self.pool)))
-            flat = sample.flatten(1)
+            flat = self.env.task.embed(sample)
             if not self.pool:
                 rng = make_generator(self.seed, self.device, "anchors")
                 self.anchors = kmeans(flat, cfg.anchors, rng)
@@ -186,7 +186,7 @@ class LearnedReward(Agent):
     def believe(self) -> Belief:
         """The reward as far as the answers tell."""
         self.prepare()
-        z = rebuild(self.shown.flatten(1), self.anchors)
+        z = rebuild(self.env.task.embed(self.shown), self.anchors)
         return fit(self.factors, z, self.answers, self.prior)
 
     def tilt(self, reward: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def load_checkpoint(path: Path | str | None, task: Task) -> Checkpoint:
         raise CheckpointError(
             f"{path} is a reference for task {header.get('task')!r}, not {task.name!r}"
         )
-    flow = RectifiedFlow(task.network())
+    flow = task.flow()
     load_tensors(flow, tensors, path)
     try:
         card = json.loads(header.get("card", "{}"))

@@ -232,10 +232,38 @@ class CheckOracle:
         return 0
 
 
+@dataclass(frozen=True)
+class ImportHilDD:
+    """Read HIL-DD's published toy checkpoint as a reference.
+
+    Then: prefenv align --task clouds:net=hil-dd --checkpoint OUT
+
+    Args:
+        source: The published file, rectified_model_ckp1.pt.
+        out: The reference, a .safetensors file.
+        json: Print its card as one JSON object, and nothing else, on stdout.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional]
+    out: Path = Path("hil-dd.safetensors")
+    json: bool = False
+
+    def run(self) -> int:
+        """Run it."""
+        from prefenv.hil_dd import import_hil_dd
+
+        if self.out.suffix != ".safetensors":
+            raise ConfigError(f"--out {self.out}: a checkpoint is a .safetensors file")
+        card = import_hil_dd(self.source, self.out)
+        print(json.dumps(card) if self.json else f"written to {self.out}")
+        return 0
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
     "sample": Sample,
     "export": Export,
     "import": Import,
+    "import-hil-dd": ImportHilDD,
     "train-reward": TrainReward,
     "check-oracle": CheckOracle,
 }

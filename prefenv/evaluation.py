@@ -149,8 +149,8 @@ class Judge:
         oracle: The oracle with a true score.
         steps: Steps of the common sampler.
         beta: Temperature; None = the task's.
-        n_reference: Reference samples behind the optimum and the frontier.
-        n: Samples of each side of a distance.
+        n_reference: Reference samples behind the optimum and the frontier; None = twice ``task.samples``.
+        n: Samples of each side of a distance; None = a quarter of ``task.samples``.
 
     Attributes:
         conditions: The fixed set ``(C, ...)``; None = the task has none.
@@ -170,8 +170,8 @@ class Judge:
         *,
         steps: int = 16,
         beta: float | None = None,
-        n_reference: int = 16384,
-        n: int = 2048,
+        n_reference: int | None = None,
+        n: int | None = None,
     ):
         if not isinstance(oracle, ScriptedOracle):
             raise ConfigError("evaluation needs an oracle with a true score (a scripted one)")
@@ -179,6 +179,7 @@ class Judge:
         self.beta = task.beta if beta is None else beta
         self.conditions = None if task.condition is None else task.fixed_conditions()
         count = 1 if self.conditions is None else len(self.conditions)
+        n_reference, n = n_reference or 2 * task.samples, n or task.samples // 4
         rng = make_generator(0, stream="evaluation reference")
         self.label = self._labels([n_reference // count] * count)
         noise = torch.randn(n_reference // count * count, *task.event_shape, generator=rng)
@@ -209,7 +210,7 @@ class Judge:
                 "that tells its samples apart"
             )
         good = self.optimum_rewards() >= oracle.threshold
-        self.spread = _spread(self.optimum[good], rows_of(self.optimum_label, good))
+        self.spread = self._spread(self.optimum[good], rows_of(self.optimum_label, good))
         self.optimum_score = 1 - self._distance(other, self.optimum_label) / self.distance
         model_noise = make_generator(0, stream="evaluation model")
         self.noise = torch.randn(n // count * count, *task.event_shape, generator=model_noise)
@@ -230,9 +231,16 @@ class Judge:
 
     def _distance(self, samples: Tensor, label: Tensor | None) -> float:
         """``sqrt(mean_c D_c^2)`` to the optimum."""
-        pairs = zip(split(samples, label), split(self.optimum, self.optimum_label), strict=True)
+        points, optimum = self.task.embed(samples), self.task.embed(self.optimum)
+        pairs = zip(split(points, label), split(optimum, self.optimum_label), strict=True)
         squares = [energy_square(x, y) for x, y in pairs]
         return math.sqrt(max(sum(squares) / len(squares), 0.0))
+
+    def _spread(self, x: Tensor, label: Tensor | None) -> float:
+        """Mean distance between two samples (of a condition, averaged over those that have two); 0 for fewer."""
+        groups = [group for group in split(x, label) if len(group) > 1] if len(x) else []
+        each = [float(torch.pdist(self.task.embed(group[:2048])).mean()) for group in groups]
+        return sum(each) / len(each) if each else 0.0
 
     def score(self, samples: Tensor) -> float:
         """``1 - D(samples, p*) / D(A, p*)`` of samples made of ``noise``, in its order."""
@@ -255,9 +263,10 @@ class Judge:
         accepted = rewards >= self.oracle.threshold
         nats, stderr, flows = math.nan, math.nan, model.chain()
         if kl and flows:
-            nats, stderr = kl_divergence(flows, self.reference, conditions=self.conditions)
+            n = self.task.samples // 64
+            nats, stderr = kl_divergence(flows, self.reference, n, conditions=self.conditions)
         reward = float(rewards.double().mean())
-        spread = _spread(samples[accepted], rows_of(self.noise_label, accepted))
+        spread = self._spread(samples[accepted], rows_of(self.noise_label, accepted))
         return Evaluation(
             reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
             preferred_rate=float(accepted.double().mean()),
@@ -288,10 +297,3 @@ class Judge:
 def split(values: Tensor, label: Tensor | None) -> list[Tensor]:
     """Rows by condition; all of them, where there are none."""
     return [values] if label is None else [values[label == i] for i in range(int(label.max()) + 1)]
-
-
-def _spread(x: Tensor, label: Tensor | None = None) -> float:
-    """Mean distance between two samples (of a condition, averaged over those that have two); 0 for fewer."""
-    groups = [group for group in split(x, label) if len(group) > 1] if len(x) else []
-    each = [float(torch.pdist(group.flatten(1)[:2048]).mean()) for group in groups]
-    return sum(each) / len(each) if each else 0.0

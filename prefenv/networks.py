@@ -261,3 +261,33 @@ class GaussianVelocity(VelocityField):
         var = (1 - t) ** 2 + (t * self.std) ** 2
         slope = (t * self.std**2 - (1 - t)) / var
         return self.mean + slope * (x - t * self.mean)
+
+
+class MixtureVelocity(VelocityField):
+    """The exact velocity of data ``sum_k w_k N(c_k, std^2 I)``, points of the plane or any space.
+
+    ``x_t`` is the mixture of ``N(t c_k, var I)``, ``var = (1 - t)^2 + t^2 std^2``. With ``r_k(x, t)`` its
+    responsibilities, ``v(x, t) = sum_k r_k [c_k + (t std^2 - (1 - t)) / var (x - t c_k)]``.
+
+    Args:
+        centres: ``(K, D)``.
+        std: Standard deviation of every component, per coordinate.
+        weights: ``(K,)``, sum 1.
+    """
+
+    centres: Tensor
+    log_weights: Tensor
+
+    def __init__(self, centres: Tensor, std: float, weights: Tensor):
+        super().__init__(centres.shape[1:])
+        self.std = std
+        self.register_buffer("centres", centres)
+        self.register_buffer("log_weights", weights.log())
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        t = t.to(x.dtype).reshape(-1, 1)
+        var = (1 - t) ** 2 + (t * self.std) ** 2
+        offset = x[:, None] - t[..., None] * self.centres
+        share = (self.log_weights - offset.square().sum(-1) / (2 * var)).softmax(-1)
+        centre = share @ self.centres
+        return centre + (t * self.std**2 - (1 - t)) / var * (x - t * centre)

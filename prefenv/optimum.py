@@ -15,40 +15,41 @@ from torch import Tensor
 from prefenv.errors import ConfigError
 
 
-def frontier(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
+def frontier(rewards: Tensor, betas: Tensor, mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The frontier's points at temperatures ``betas``: mean reward and KL in nats, each ``(len(betas),)``.
 
     Args:
         rewards: Of reference samples ``(n,)``, or of ``(C, n)``, those of each condition in a row.
         betas: Temperatures.
+        mass: The reference's probability at each, ``(n,)``, sum 1; None = equal, for samples.
     """
     if rewards.dim() == 2:
         each = [torch.stack(frontier(row, betas)) for row in rewards]
         reward, kl = torch.stack(each).mean(0)
         return reward, kl
     r = rewards.double()
-    scaled = r / betas.double()[:, None]
-    weight = scaled.softmax(1)
-    reward = (weight * r).sum(1)
-    log_mean_exp = scaled.logsumexp(1) - math.log(len(r))
-    return reward, reward / betas.double() - log_mean_exp
+    log_mass = -math.log(len(r)) if mass is None else mass.double().log()
+    scaled = r / betas.double()[:, None] + log_mass
+    reward = (scaled.softmax(1) * r).sum(1)
+    return reward, reward / betas.double() - scaled.logsumexp(1)
 
 
-def frontier_kl(rewards: Tensor, reward: float) -> float:
+def frontier_kl(rewards: Tensor, reward: float, mass: Tensor | None = None) -> float:
     """The least KL in nats at which the mean reward can be ``reward``; 0 at or below the reference's own.
 
-    Infinite above the largest reward that the reference was seen to make. ``rewards`` as in ``frontier``.
+    Infinite above the largest reward that the reference was seen to make. The rest is as in ``frontier``.
     """
-    if reward <= float(rewards.double().mean()):
+    own = rewards.double().mean() if mass is None else (mass.double() * rewards.double()).sum()
+    if reward <= float(own):
         return 0.0
     if reward >= float(rewards.amax(-1).mean()):
         return math.inf
     low, high = -9.0, 9.0  # log10 of beta; the reward falls with beta
     for _ in range(100):
         middle = (low + high) / 2
-        at, _ = frontier(rewards, torch.tensor([10.0**middle]))
+        at, _ = frontier(rewards, torch.tensor([10.0**middle]), mass)
         low, high = (middle, high) if float(at) > reward else (low, middle)
-    return float(frontier(rewards, torch.tensor([10.0**low]))[1])
+    return float(frontier(rewards, torch.tensor([10.0**low]), mass)[1])
 
 
 def optimum_weights(rewards: Tensor, beta: float) -> tuple[Tensor, float]:

@@ -62,6 +62,26 @@ def sheet(
     return figure
 
 
+def overlays(
+    task: Task,
+    groups: Sequence[np.ndarray],
+    colors: Sequence[str],
+    labels: Sequence[str],
+    size: float = 2.2,
+    columns: int = 4,
+) -> Figure:
+    """One picture for each group of samples ``(n, *event_shape)``, drawn over each other, its name above it."""
+    columns = min(columns, len(groups))
+    lines = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(size * columns, (size + 0.2) * lines), layout="constrained")
+    for i, (group, color, label) in enumerate(zip(groups, colors, labels, strict=True)):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        axes.set_axis_off()
+        axes.set_title(label, color=color, fontsize=10)
+        task.draw(axes, group, color)
+    return figure
+
+
 def beside(task: Task, a: np.ndarray, b: np.ndarray, columns: int = 4) -> Figure:
     """Model A's samples (red) beside model B's of the same noises (green), each ``(n, *event_shape)``."""
     lines = math.ceil(len(a) / columns)

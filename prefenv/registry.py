@@ -20,6 +20,8 @@ from prefenv.kernels import Kernel
 
 TASKS = {
     "shapes": "prefenv.tasks.shapes:Shapes",
+    "gaussians": "prefenv.tasks.gaussians:Gaussians",
+    "clouds": "prefenv.tasks.clouds:Clouds",
     "digits": "prefenv.tasks.digits:Digits",
 }
 AGENTS = {
@@ -49,6 +51,8 @@ ORACLES = {
     "s-curve": "oracles.s_curve:SCurve",
     "replay": "oracles.replay:Replay",
     "pose": "oracles.pose:Pose",
+    "two-modes": "oracles.two_modes:TwoModes",
+    "s-cloud": "oracles.s_cloud:SCloud",
     "jury": "oracles.jury:Jury",
     "learned": "oracles.learned:Learned",
     "terminal": "oracles.terminal:Terminal",

@@ -239,12 +239,13 @@ def align(
 
 
 def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
-    """The reference's samples (red) above each model's from the same noises (green)."""
-    noise, asked = judge.shown(n)
+    """The reference's samples (red) and each model's from the same noises (green)."""
+    noise, asked = judge.shown(len(judge.noise) if judge.task.overlay else n)
     reference = FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
     rows = [made(m, noise, asked).cpu().numpy() for m in (reference, *models.values())]
     colors = [plotting.RED, *[plotting.GREEN] * len(models)]
-    return plotting.sheet(judge.task, rows, colors, ["reference", *models])
+    draw = plotting.overlays if judge.task.overlay else plotting.sheet
+    return draw(judge.task, rows, colors, ["reference", *models])
 
 
 def writable(folder: Path) -> None:

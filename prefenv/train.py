@@ -62,7 +62,7 @@ def train_reference(
     data_rng, rng = make_generator(seed, stream="data"), make_generator(seed, where, "noise")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        flow = RectifiedFlow(task.network()).to(where)
+        flow = task.flow().to(where)
     average, plain = flow.frozen(), RectifiedFlow(flow.field.plain())
     weights: list[torch.Tensor] = list(flow.parameters())
     averages: list[torch.Tensor] = list(average.parameters())
@@ -118,12 +118,13 @@ def dropped(
     return torch.where(out, task.condition.null(condition), condition)
 
 
-def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> dict[str, Any]:
+def measure(flow: RectifiedFlow, task: Task, steps: int = 16) -> dict[str, Any]:
     """What a reference does: class rates, residuals beside the data's own, held-out likelihood.
 
-    ``log_likelihood_nats`` is the mean of 512 fresh data samples by RK4 (32 steps, shorter near the data).
-    Where the task has conditions, the samples are of the data's.
+    From ``task.samples`` samples. ``log_likelihood_nats`` is the mean of a sixteenth as many fresh ones of data,
+    by RK4 (32 steps, shorter near the data). Where the task has conditions, the samples are of the data's.
     """
+    n = task.samples
     rng = make_generator(10_000)
     noise = torch.randn(n, *task.event_shape, generator=rng)
     data, kind = task.data(n, rng)
@@ -132,10 +133,10 @@ def measure(flow: RectifiedFlow, task: Task, n: int = 8192, steps: int = 16) -> 
     with torch.no_grad():
         fine = flow.integrate(noise.to(flow.device), steps, "heun", condition=asked).cpu()
     log_prob = flow.log_prob(
-        data[:512].to(flow.device),
+        data[: n // 16].to(flow.device),
         32,
         shift=SHIFT,
-        condition=rows_of(asked, slice(512)),
+        condition=rows_of(asked, slice(n // 16)),
         generator=make_generator(0, flow.device),
     )
     if task.condition is not None:

@@ -10,7 +10,7 @@ from prefenv.cli import main
 from prefenv.device import make_generator
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.oracle import Oracle
-from prefenv.registry import ORACLES, lookup, make_oracle, make_task, make_teacher
+from prefenv.registry import ORACLES, TASKS, lookup, make_oracle, make_task, make_teacher
 from prefenv.reward import RewardEnsemble, save_reward
 from prefenv.tasks.shapes import Shapes
 from prefenv.testing import ContractError, check_oracle
@@ -40,9 +40,12 @@ def settings(tmp_path_factory):
     }
 
 
+DEFAULTS = {make_task(t).default_oracle: t for t in TASKS}
+
+
 @pytest.mark.parametrize("name", sorted(ORACLES.keys() - PERSONS))
 def test_named_oracles_keep_the_contract(name, settings, capsys):
-    task = make_task("digits") if name in DIGITS else TASK
+    task = make_task("digits" if name in DIGITS else DEFAULTS.get(name, "shapes"))
     samples, kind = task.data(24, make_generator(0))
     text, asked = name + settings.get(name, ""), None if task.condition is None else kind
     oracle = make_oracle(text, task)

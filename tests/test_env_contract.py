@@ -186,7 +186,8 @@ def test_the_single_env_can_be_pickled_and_closed_twice(spec):
 
 @every_spec
 def test_the_spec_survives_json(spec):
-    env = gym.make(spec.id, oracle="s-curve:answer=choose", control="noise", kernel="ode")
+    oracle = prefenv.make_task(spec.kwargs["task"]).default_oracle
+    env = gym.make(spec.id, oracle=f"{oracle}:answer=choose", control="noise", kernel="ode")
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))
     assert again.unwrapped.control == "noise"
     assert again.unwrapped.reference.kernel.name == "ode"

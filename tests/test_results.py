@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_agents, few_answers, pool, tune
+from benchmarks import all_agents, few_answers, gaussians, pool, tune
 from prefenv.registry import agent_config, lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +72,15 @@ def test_few_answers_page_says_what_the_results_say():
     (first,) = [r for r in found if r["statement"] == "first-question"]
     told = sum(0 < n < 4 for n in first["accepted"])
     assert f"{told} of {len(first['accepted'])} show some but not all" in text
+
+
+def test_gaussians_page_says_what_the_results_say():
+    lines, found = (RESULTS / "gaussians.md").read_text().splitlines(), rows("gaussians.jsonl")
+    assert {r["method"] for r in found} == set(gaussians.METHODS)
+    for method in gaussians.METHODS:
+        assert gaussians.line(found, method) in lines
+    for row in found:
+        assert row["kl"] > row["frontier"] - 0.1, "no model lies above the frontier"
 
 
 # Logic

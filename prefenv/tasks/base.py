@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError
+from prefenv.flow import RectifiedFlow
 from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.tasks.conditions import Classes, Condition, panels_of
 
@@ -53,6 +54,8 @@ class Task:
         beta: Temperature of the stated optimum ``p* ~ p_ref exp(r / beta)``.
         shift: Of the grid of times on which samples are made, see ``prefenv.flow.time_grid``; 1 = equal steps.
         bound: Largest absolute coordinate an action may have; the data lies far inside.
+        samples: Samples that a measurement of a reference makes; an evaluation makes twice as many.
+        overlay: Whether a figure shows many samples in one picture: where each is a point, say.
         train: How the reference is trained.
         condition: What samples are conditioned on, ``Classes(n)`` or ``Vector(dim)``; None = nothing.
         guidance: Weight ``w`` of classifier-free guidance, where the training drops conditions; 1 = none.
@@ -64,6 +67,8 @@ class Task:
     beta: float = 0.1
     shift: float = 1.0
     bound: float = 10.0
+    samples: int = 8192
+    overlay: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
     condition: Condition | None = None
     guidance: float = 1.0
@@ -80,6 +85,10 @@ class Task:
         guided = self.train.drop > 0
         field = VelocityMLP(self.event_shape, **self.condition.network(guided))
         return GuidedVelocity(field, self.condition.null, self.guidance) if guided else field
+
+    def flow(self) -> RectifiedFlow:
+        """A fresh flow of that network."""
+        return RectifiedFlow(self.network())
 
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``n`` real samples ``(n, *event_shape)`` float32 and their classes ``(n,)``, on the CPU.
@@ -149,8 +158,12 @@ class Task:
         """Class of each sample, ``(n,)`` indices into ``classes``."""
         raise NotImplementedError
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Where samples lie as points ``(n, d)``, whose distances say how different they are."""
+        return x.flatten(1)
+
     def draw(self, axes, x: np.ndarray, color: str) -> None:
-        """Draw one sample ``(*event_shape,)`` on matplotlib axes."""
+        """Draw one sample ``(*event_shape,)`` on matplotlib axes; with ``overlay`` also many at once."""
         raise NotImplementedError
 
     def points2d(self, x: np.ndarray) -> np.ndarray:
