@@ -20,7 +20,7 @@ from prefenv.errors import CheckpointError, ConfigError
 from prefenv.networks import GuidedVelocity
 from prefenv.networks_unet import VelocityUNet
 from prefenv.policy import FlowPolicy
-from prefenv.registry import make_oracle, make_task
+from prefenv.registry import AGENTS, lookup, make_oracle, make_task
 from prefenv.runs import RunConfig
 from prefenv.tasks.digits import pictures
 from prefenv.tasks.shapes import Shapes
@@ -257,6 +257,21 @@ def test_a_run_takes_the_task_its_own_oracle():
     assert RunConfig(task="digits").oracle == "legible" and RunConfig().oracle == "s-curve"
     env = RunConfig(task="digits:guidance=2.0", queries=32, panel_size=4).make_env().unwrapped
     assert env.reference.flow.field.weight == 2.0, "its settings reach the env"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_agent_learns_digits_or_says_that_it_cannot(name):
+    cls = lookup("agent", name)
+    env = gym.make_vec("prefenv/Digits-v0", num_envs=8, panel_size=4, steps=4, control=cls.control)
+    if cls.requires.unconditional:
+        with pytest.raises(ConfigError, match="a task with conditions"):
+            cls(env)
+        return
+    agent = cls(env, seed=0).learn(8)
+    noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert bool(agent.sample(noise, torch.arange(10)).isfinite().all())
+    assert agent.env.ledger.queries == 8 and agent.env.ledger.nfe > 0
 
 
 # The benchmark
