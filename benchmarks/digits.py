@@ -130,7 +130,7 @@ def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[d
     """The rows of one part, from its file if it was finished before."""
     about = {"pairs": pairs, "seed": seed, "queries": args.queries}
     plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
-    file = args.work / f"{plain}-s{seed}-{args.queries}.pt.json"
+    file = args.work / f"{plain}-s{seed}-{args.queries}.json"
     if file.exists():
         return json.loads(file.read_text())
     began = time.process_time()

@@ -42,9 +42,21 @@ ALLOWED = {
         ),
     },
 }
-every_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+SLOW = ("prefenv/Digits-v0",)  # a U-Net; the fast tests of conditions are in test_conditions.py
+every_spec = pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=pytest.mark.slow if s.id in SLOW else (), id=s.id) for s in SPECS],
+)
 every_control = pytest.mark.parametrize("control", ["state", "noise"])
 every_array = pytest.mark.parametrize("array", ["numpy", "torch"])
+
+
+def started(observation):
+    """``reset``'s options that start a vector env as another one did."""
+    options = {"noise": observation["x"]}
+    if "condition" in observation:
+        options["condition"] = observation["condition"]
+    return options
 
 
 def by_the_reference(env, observation):
@@ -186,8 +198,8 @@ def test_the_single_env_can_be_pickled_and_closed_twice(spec):
 
 @every_spec
 def test_the_spec_survives_json(spec):
-    oracle = prefenv.make_task(spec.kwargs["task"]).default_oracle
-    env = gym.make(spec.id, oracle=f"{oracle}:answer=choose", control="noise", kernel="ode")
+    oracle = prefenv.make_task(spec.kwargs["task"]).default_oracle + ":answer=choose"
+    env = gym.make(spec.id, oracle=oracle, control="noise", kernel="ode")
     again = gym.make(EnvSpec.from_json(env.spec.to_json()))
     assert again.unwrapped.control == "noise"
     assert again.unwrapped.reference.kernel.name == "ode"
@@ -207,7 +219,7 @@ def test_the_vector_env_is_a_sync_vector_env_of_singles(spec, control):
     for kind in ("observation_space", "action_space"):
         assert getattr(vector, kind) == getattr(sync, kind)
     theirs, _ = sync.reset(seed=3)
-    mine, _ = vector.reset(options={"noise": theirs["x"]})
+    mine, _ = vector.reset(options=started(theirs))
     for _ in range(2):
         done = False
         while not done:
@@ -228,7 +240,7 @@ def test_the_vector_env_is_a_sync_vector_env_of_singles(spec, control):
                     assert a == b
         for key, values in my_info["final_info"].items():
             assert same(values, info["final_info"][key].astype(values.dtype))
-        mine, _ = vector.reset(options={"noise": theirs["x"]})
+        mine, _ = vector.reset(options=started(theirs))
 
 
 @every_spec

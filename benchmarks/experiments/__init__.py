@@ -31,6 +31,7 @@ NAMES = (
     "thin",
     "coarse",
     "size",
+    "modes",
 )
 
 

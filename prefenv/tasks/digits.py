@@ -4,7 +4,9 @@ The pictures are scikit-learn's ``load_digits`` (UCI's *Optical Recognition of H
 Kaynak 1998, CC BY 4.0; 1,797 of 8 x 8 pixels, levels 0 to 16), or those of any ``.npz`` with ``x_train`` and
 ``y_train``: a local copy of MNIST is read, nothing is ever downloaded. A level becomes ``2 (level + U(0, 1)) /
 (top + 1) - 1``, uniform within its own cell; ink is 1. The condition (the prompt) is the digit. The pictures are
-split once: 5/9 train the generator, 1/3 train the judge (``oracles/legible.py``), 1/9 test it.
+split once: 5/9 train the generator, 1/3 train the judge (``oracles/legible.py``), 1/9 test it. **15 % of the
+generator's labels are wrong**: that model A often makes another digit than the one asked for is built in, so that
+there is something to prefer (rightly labelled, it is as legible as the real pictures are to this judge).
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class Digits(Task):
     Args:
         data_path: An ``.npz`` with ``x_train`` ``(n, H, W)`` and ``y_train`` to take instead, MNIST's say. The
             task is then named after the file, and wants a reference and a judge of its own.
+        wrong: Share of the generator's labels that are another digit's, drawn anew each time.
         channels: Channels of the U-Net.
     """
 
@@ -78,13 +81,16 @@ class Digits(Task):
     bound: float = 6.0
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            iterations=3000, batch=128, early=1.0, drop=0.1, lr=2e-3
+            iterations=2000, batch=128, early=1.0, drop=0.1, lr=2e-3
         )
     )
     data_path: str | None = None
+    wrong: float = 0.15
     channels: int = 16
 
     def __post_init__(self) -> None:
+        if not 0 <= self.wrong <= 1:
+            raise ConfigError(f"digits: wrong must lie in [0, 1], not {self.wrong!r}")
         if self.data_path is not None and self.name == "digits":
             object.__setattr__(self, "name", Path(self.data_path).stem)
 
@@ -102,7 +108,11 @@ class Digits(Task):
         levels, digits, top = pictures(self.data_path)[part]
         pick = torch.randint(len(levels), (n,), generator=generator)
         blur = torch.rand(n, *levels.shape[1:], generator=generator)
-        return (2 * (levels[pick] + blur) / (top + 1) - 1)[:, None], digits[pick]
+        told = digits[pick]
+        if part == "generator":
+            other = (told + torch.randint(1, TEN.n, (n,), generator=generator)) % TEN.n
+            told = torch.where(torch.rand(n, generator=generator) < self.wrong, other, told)
+        return (2 * (levels[pick] + blur) / (top + 1) - 1)[:, None], told
 
     def near(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Distances to the nearest picture that the generator never saw, and its digit, ``(n,)`` each."""
