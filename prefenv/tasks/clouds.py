@@ -3,8 +3,8 @@
 The data is scikit-learn's ``make_swiss_roll`` and ``make_s_curve`` with ``noise=0.1`` and the second axis dropped,
 400 points at random places of the curve, each cloud scaled to [-1, 1] by the least and the largest of its 800
 numbers (github mathfirst/HIL-DD, ``toy-experiment``). In the toy's data half are S curves; that its model shows
-far fewer comes from the scale of its noise, which depends on the batch. Here **20 % are S curves** (``s_rate``), and
-14 % of what the reference makes.
+far fewer comes from the scale of its noise, which depends on the batch. Here **20 % are S curves** (``s_rate``),
+and 14 % of what the reference makes.
 
 ``net="hil-dd"`` is the toy's own network, data and noise, for the checkpoint that ``prefenv import-hil-dd``
 reads: there ``noise`` says how much noise it starts from, and with it how many S curves it makes.
