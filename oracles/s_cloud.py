@@ -29,7 +29,7 @@ class SCloud(ScriptedOracle):
 
     threshold = 0.5
 
-    def __init__(self, task: Task, answer: Answer = "score", width: float = 0.15):
+    def __init__(self, task: Task, answer: Answer = "score", width: float = 0.1):
         super().__init__(task, answer)
         if not isinstance(task, Clouds):
             raise ConfigError(f"the s-cloud oracle judges the clouds task, not {task.name!r}")

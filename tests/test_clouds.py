@@ -214,9 +214,9 @@ def test_oracle_by_hand(data):
     oracle = SCloud(TASK)
     score = oracle.score(x)
     roll, s = (chamfer(x.double(), template(k), 2) / 2 for k in (ROLL, S_CURVE))
-    want = roll / (roll + s) / (1 + s / 0.15**2)
+    want = roll / (roll + s) / (1 + s / 0.1**2)
     torch.testing.assert_close(score.double(), want, rtol=1e-5, atol=1e-6)
-    assert float(score[kind == S_CURVE].min()) > 0.8 and float(score[kind == ROLL].max()) < 0.01
+    assert float(score[kind == S_CURVE].min()) > 0.7 and float(score[kind == ROLL].max()) < 0.01
     order = torch.randperm(400)
     torch.testing.assert_close(oracle.score(x[:, order]), score, rtol=1e-4, atol=1e-6)
     with pytest.raises(ConfigError, match="judges the clouds task"):
