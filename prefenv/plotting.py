@@ -45,7 +45,7 @@ def sheet(
 ) -> Figure:
     """A contact sheet: one row of samples for each of ``rows`` ``(n, *event_shape)``, in its colour."""
     columns = max(len(r) for r in rows)
-    margin = 1.0 if labels else 0.0
+    margin = max(1.0, 0.085 * max(map(len, labels))) if labels else 0.0
     figure = Figure(figsize=(margin + size * columns, size * len(rows)))
     figure.set_layout_engine("none")
     width, left = size * columns / (margin + size * columns), margin / (margin + size * columns)
@@ -68,7 +68,7 @@ def overlays(
     colors: Sequence[str],
     labels: Sequence[str],
     size: float = 2.2,
-    columns: int = 4,
+    columns: int = 5,
 ) -> Figure:
     """One picture for each group of samples ``(n, *event_shape)``, drawn over each other, its name above it."""
     columns = min(columns, len(groups))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_agents, few_answers, gaussians, pool, tune
+from benchmarks import all_agents, clouds, few_answers, gaussians, pool, tune
 from prefenv.registry import agent_config, lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +81,15 @@ def test_gaussians_page_says_what_the_results_say():
         assert gaussians.line(found, method) in lines
     for row in found:
         assert row["kl"] > row["frontier"] - 0.1, "no model lies above the frontier"
+
+
+def test_clouds_page_says_what_the_results_say():
+    lines, found = (RESULTS / "clouds.md").read_text().splitlines(), rows("clouds.jsonl")
+    assert {r["agent"] for r in found} == set(clouds.AGENTS) and {r["seed"] for r in found} == set(
+        range(5)
+    )
+    for line in clouds.table(found, tuple(clouds.AGENTS)):
+        assert line in lines
 
 
 # Logic

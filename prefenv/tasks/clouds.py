@@ -76,6 +76,7 @@ class Clouds(Task):
     name: str = "clouds"
     default_oracle: str = "s-cloud"
     classes: tuple[str, ...] = ("roll", "s-curve")
+    beta: float = 0.2
     shift: float = 0.5  # short last steps: a roll is thin
     samples: int = 768
     train: TrainConfig = field(
