@@ -1,6 +1,6 @@
 """PFM's image experiment at 8 x 8: which digit was asked for, before and after alignment.
 
-    python -m benchmarks.digits            some 10 minutes of one core
+    python -m benchmarks.digits            some 6 minutes of one core
 
 Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.1): samples of the conditional reference, preferred by the
 probability that a LeNet gives to the asked digit; pairs of the **best and the worst** of a panel, or **random**
@@ -211,7 +211,8 @@ def main(args: Args) -> None:
         f"`python -m benchmarks.digits --seeds {args.seeds} --queries {args.queries}`: {args.queries} judged "
         f"samples a method, {len(bench.asked)} samples scored; mean (range) over the seeds. *Best and worst*: of "
         f"panels of {PAIRS['best and worst'][0]} samples of one digit; *random*: panels of 2. *Preferred* and "
-        "*rejected* are the reference's samples that the protocol chose. The distance is the median, per pixel.",
+        "*rejected* are the reference's samples that the protocol chose. The distance is the median, per pixel "
+        "(the real pictures are themselves among those that it is taken to).",
         "",
         *table(rows, reference, real),
         "",

@@ -57,7 +57,7 @@ def test_it_runs_and_learns(site, tmp_path):
 
 def test_it_passes_check_agent(site, tmp_path):
     told = json.loads(prefenv(site, tmp_path, "check-agent", "winners", "--json"))
-    assert told["passed"] and len(told["checks"]) == 20
+    assert told["passed"] and len(told["checks"]) == 21
     made = {c["check"] for c in told["checks"] if not c["skipped"]}
     assert {"direction", "ties", "saving", "budget"} <= made
 
