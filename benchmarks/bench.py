@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -27,84 +27,49 @@ from benchmarks.engines import ENGINES
 from benchmarks.experiments import NAMES, load, question
 from benchmarks.jobs import Job, jobs, judge_of, work
 from prefenv.checkpoints import write_atomic
+from prefenv.cli_bench import Bench
 from prefenv.registry import agent_config, names
 from prefenv.runs import writable
 
 Line = dict[str, Any]
-Suite = Literal["quick", "full"]
 QUICK = ("basic", "few", "pairs")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Run agents on experiments with a known best answer, and keep a line of numbers for every run.
-
-    Score: 0 = the untouched reference, 1 = the exact optimum. Ctrl-C loses only the runs under way, and the same
-    command goes on. Then: prefenv report.
-
-    Example: prefenv bench --suite quick --agents ppo your_package.awr:AWR
-
-    Args:
-        suite: ``quick`` = basic, few and pairs with 3 seeds; ``full`` = everything with its own number of seeds.
-        agents: Which, by name or ``module:Class``, settings may follow; default: all that are known.
-        experiments: Which; default: the suite's.
-        seeds: How many seeds each; default: the suite's.
-        first_seed: The first of them.
-        engine: ``local`` = processes of this machine; ``ray`` = a Ray cluster (pip install 'prefenv[ray]';
-            ray start --head, and ray start --address=... on every other machine).
-        workers: Runs at a time, one thread each; None = one per core.
-        out: Folder of the results.
-        work: Folder of the run directories; None = OUT/work. With Ray, one that all machines share lets killed
-            runs go on where they stopped; else they start anew.
-        json: Print what was done as one JSON object, and nothing else, on stdout.
-    """
-
-    suite: Suite = "quick"
-    agents: tuple[str, ...] = ()
-    experiments: tuple[str, ...] = ()
-    seeds: int | None = None
-    first_seed: int = 0
-    engine: Literal["local", "ray"] = "local"
-    workers: int | None = None
-    out: Path = Path("runs/bench")
-    work: Path | None = None
-    json: bool = False
-
-    def run(self) -> int:
-        """Run what is missing."""
-        wanted = list(self.jobs())
-        writable(self.out)
-        results = Results(self.out)
-        counts = run_all(
-            wanted, results, self.engine, self.workers, (self.work or self.out / "work").absolute()
-        )
-        results.tidy(wanted)
-        results.add_frontiers({job.experiment for job in wanted})
-        if self.json:
-            print(json.dumps({"out": str(self.out), **counts}))
-        else:
-            print(
-                f"{counts['done']} runs done, {counts['refused']} refused by their agents, {counts['failed']} "
-                f"failed, {counts['skipped']} were there before; results in {self.out}"
-            )
-            for line in results.lines():
-                if "error" in line:
-                    print(f"failed: {line['experiment']} {line['name']}: {line['error']}")
-            print(f"next: prefenv report --results {self.out}")
+def bench(args: Bench) -> int:
+    """Run what is missing, and say what was done."""
+    wanted = list(jobs_of(args))
+    writable(args.out)
+    results = Results(args.out)
+    folder = (args.work or args.out / "work").absolute()
+    counts = run_all(wanted, results, args.engine, args.workers, folder)
+    results.tidy(wanted)
+    results.add_frontiers({job.experiment for job in wanted})
+    if args.json:
+        print(json.dumps({"out": str(args.out), **counts}))
         return 0
+    print(
+        f"{counts['done']} runs done, {counts['refused']} refused by their agents, {counts['failed']} "
+        f"failed, {counts['skipped']} were there before; results in {args.out}"
+    )
+    for line in results.lines():
+        if "error" in line:
+            print(f"failed: {line['experiment']} {line['name']}: {line['error']}")
+    print(f"next: prefenv report --results {args.out}")
+    return 0
 
-    def jobs(self) -> Iterator[Job]:
-        """All runs of the suite.
 
-        Raises:
-            UnknownNameError: An agent or an experiment that is not known.
-        """
-        agents = self.agents or tuple(names("agent"))
-        for agent in agents:
-            agent_config(agent)
-        chosen = self.experiments or (QUICK if self.suite == "quick" else NAMES)
-        seeds = self.seeds or (3 if self.suite == "quick" else None)
-        return jobs(chosen, agents, seeds, self.first_seed)
+def jobs_of(args: Bench) -> Iterator[Job]:
+    """All runs that are asked for.
+
+    Raises:
+        UnknownNameError: An agent or an experiment that is not known.
+    """
+    agents = args.agents or tuple(names("agent"))
+    for agent in agents:
+        agent_config(agent)
+    chosen = args.experiments or (QUICK if args.suite == "quick" else NAMES)
+    seeds = args.seeds or (3 if args.suite == "quick" else None)
+    return jobs(chosen, agents, seeds, args.first_seed)
 
 
 @dataclass

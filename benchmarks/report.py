@@ -22,7 +22,7 @@ from benchmarks.report_rows import Bench, Described, bench, finite, read
 from benchmarks.report_sections import appendix, details, overview
 from benchmarks.report_style import standalone
 from benchmarks.report_tables import score_table, value
-from prefenv.cli_report import Report
+from prefenv.cli_bench import Report
 from prefenv.errors import RunError
 from prefenv.runs import writable
 

@@ -17,11 +17,10 @@ import torch
 import tyro
 
 import prefenv
-from benchmarks.bench import Bench
 from prefenv import cli_feedback
+from prefenv.cli_bench import Bench, Report
 from prefenv.cli_label import Label
 from prefenv.cli_play import Play
-from prefenv.cli_report import Report
 from prefenv.errors import ConfigError, PrefenvError
 from prefenv.registry import lookup, make_task, names, parse
 from prefenv.runs import RunConfig

@@ -17,11 +17,12 @@ import pytest
 
 from benchmarks import bench, engines, experiments
 from benchmarks import jobs as jobs_module
-from benchmarks.bench import Bench, Results
+from benchmarks.bench import Results, jobs_of
 from benchmarks.experiments import NAMES, load
 from benchmarks.jobs import Job, jobs, refusal, work
 from prefenv.checkpoints import load_checkpoint
 from prefenv.cli import main
+from prefenv.cli_bench import Bench
 from prefenv.errors import UnknownNameError
 from prefenv.evaluation import Judge
 from prefenv.registry import make_agent, make_oracle, make_task
@@ -353,7 +354,7 @@ def test_command_line_runs_a_suite_and_says_what_failed(tmp_path, monkeypatch, c
 
 
 def test_suites():
-    quick, full = list(Bench().jobs()), list(Bench(suite="full").jobs())
+    quick, full = list(jobs_of(Bench())), list(jobs_of(Bench(suite="full")))
     assert {j.experiment for j in quick} == {"basic", "few", "pairs"}
     assert {j.seed for j in quick} == {0, 1, 2}
     assert {j.experiment for j in full} == set(NAMES)
