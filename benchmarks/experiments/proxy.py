@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments import Experiment
-from prefenv.checkpoints import load_checkpoint
+from prefenv.checkpoints import load_checkpoint, write_atomic
 from prefenv.device import make_generator
 from prefenv.feedback.files import Feedback
 from prefenv.feedback.records import Judgement, Panel, Sample
@@ -47,5 +47,16 @@ def answers(panels: int = 64, seed: int = 0) -> Feedback:
 
 if __name__ == "__main__":
     model, card = train_reward(answers())
-    save_reward(Path(__file__).parents[2] / "checkpoints" / "shapes-proxy.safetensors", model, card)
-    print(card)
+    path = Path(__file__).parents[2] / "checkpoints" / "shapes-proxy.safetensors"
+    save_reward(path, model, card)
+    lines = [
+        "# A reward model of `shapes`, for the experiment `proxy`",
+        "",
+        "An ensemble trained on 64 panels of model A's samples, rated by the `s-curve` oracle.",
+        "",
+        "| what | value |",
+        "|---|---|",
+        "| command | python -m benchmarks.experiments.proxy |",
+        *(f"| {key.replace('_', ' ')} | {value} |" for key, value in card.items()),
+    ]
+    write_atomic(path.with_suffix(".md"), ("\n".join(lines) + "\n").encode())
