@@ -93,8 +93,11 @@ def on_ray(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Event
     ours = not ray.is_initialized()
     if ours:
         _connect(ray)
-    # Ray repeats a run whose node died, on another node.
-    remote = ray.remote(num_cpus=1, max_retries=TRIES)(work)
+
+    @ray.remote(num_cpus=1, max_retries=TRIES)  # a run whose node died is repeated on another
+    def remote(job: Job) -> Line:
+        return work(job)
+
     waiting, running = deque(jobs), {}
     try:
         while waiting or running:
