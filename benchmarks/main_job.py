@@ -144,8 +144,9 @@ def main(args: Args) -> None:
         (args.out / name).write_bytes((args.work / "seed0" / name).read_bytes())
     if args.out == RESULTS:
         note = (
-            f"Median (range) over {args.seeds} seeds at {args.queries:,} judged samples, one core a run. The "
-            f"reference's preferred rate is {rows[0]['reference_preferred_rate']:.3f}. "
+            f"Median (range) over {args.seeds} seeds at {args.queries:,} judged samples, one core a run (of a "
+            "busy machine). The reference's preferred rate is "
+            f"{rows[0]['reference_preferred_rate']:.3f}. "
             "Made by `python -m benchmarks.main_job`."
         )
         update_readme(RESULTS.parents[1] / "README.md", table, note)
