@@ -48,9 +48,14 @@ def readme_lines(bench: Bench) -> tuple[list[str], str]:
     picture = (
         [f"![{alt}](benchmarks/results/report/radar.svg)", ""] if len(bench.variants) > 2 else []
     )
+    seeds = {
+        n: len({r["seed"] for r in bench.rows if r["experiment"] == n}) for n in bench.variants
+    }
+    told = ", ".join(f"{name} {count}" for name, count in seeds.items())
     note = (
         "IQM of the score over seeds: 0 = the untouched reference, 1 = the exact optimum; over all experiments "
-        "with its 95 % interval. Bold: the best, beyond all others. Made by `prefenv bench` and `prefenv report`; "
+        f"with its 95 % interval. Seeds so far: {told}. Bold (from five seeds on): the best, beyond all others. "
+        "Made by `prefenv bench` and `prefenv report`; "
         "intervals, curves, failures and commands: [the report](benchmarks/results/report/report.md)."
     )
     return [*picture, *table_lines(score_table(bench, value))], note

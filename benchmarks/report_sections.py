@@ -49,8 +49,9 @@ def overview(bench: Bench) -> list[Section]:
     text = (
         "IQM over seeds with 95 % intervals (stratified bootstrap), the mean over an experiment's variants; "
         "**all** is the IQM over all runs, experiments weighted alike; it leaves out the best and the worst "
-        "quarter, so that a few refusals cost little. Bold: the best, where its interval lies above all others' "
-        "values. † a run failed. The optimum's score against itself is what sampling noise leaves of 1."
+        "quarter, so that a few refusals cost little. Bold (from five seeds on): the best, where its interval "
+        "lies above all others' values. † a run failed. The optimum's score against itself is what sampling noise "
+        "leaves of 1."
     )
     found.append(Section("Scores", text, table=tables.score_table(bench)))
     table = tables.quality_table(bench)

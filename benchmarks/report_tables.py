@@ -27,6 +27,9 @@ def interval(e: Estimate) -> str:
     return f"{e.value:.2f}{ends}"
 
 
+SEEDS = 5  # below which an interval singles nobody out
+
+
 def value(e: Estimate) -> str:
     """``0.93``, or nothing."""
     return f"{e.value:.2f}" if finite(e.value) else ""
@@ -44,7 +47,11 @@ def score_table(bench: Bench, cell: Callable[[Estimate], str] = interval) -> Tab
     """Scores of agents (rows, the best first) over all experiments and in each, written by ``cell``."""
     columns = {"all": bench.overall}
     columns |= {n: {a: bench.scores[a, n] for a in bench.agents} for n in bench.variants}
-    best = {name: leader(column) for name, column in columns.items()}
+    fewest = {
+        n: min(len(r) for (e, *_), r in bench.by_stratum.items() if e == n) for n in bench.variants
+    }
+    fewest["all"] = min(fewest.values())
+    best = {n: leader(column) if fewest[n] >= SEEDS else None for n, column in columns.items()}
     crashed = {(r["agent"], r["experiment"]) for r in bench.without_score if "refused" not in r}
     rows = []
     for agent in bench.agents:

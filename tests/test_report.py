@@ -181,6 +181,14 @@ def test_the_best_is_bold_where_its_interval_is_above_the_others():
     assert tables.leader({"b": Estimate(0.6, math.nan, math.nan), "a": second}) is None
 
 
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_fewer_than_five_seeds_single_nobody_out(seeds):
+    made = rows(("ppo", "mapo"), ("basic",), seeds=seeds)
+    made = [{**r, "score": 0.9 if r["agent"] == "ppo" else 0.1} for r in made]
+    table = tables.score_table(report_rows.bench(made, experiments(["basic"])))
+    assert ("**" in "".join(table.rows[0])) == (seeds == 5)
+
+
 def test_the_score_table_says_what_the_scores_are(found):
     table = tables.score_table(found)
     assert table.head == ["agent", "all", *NAMES]

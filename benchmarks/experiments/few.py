@@ -2,6 +2,11 @@
 
 Why: people answer tens of questions, not thousands; this is what the toy asks of its user. The reference makes
 23 % S curves, so a panel shows none in one of three cases.
+
+Found so far (IQM of 10 seeds): ``best-of-n`` (0.97, interval 0.83 to 0.98) and ``learned-reward`` (0.95, 0.90 to
+0.98) are nearly at the optimum, the next is ``mapo`` (0.65, 0.34 to 0.76). Those two fit a judge to the answers,
+and label the model's own samples with it. Methods that learn from log-probabilities or reward gradients stay
+below 0.1.
 """
 
 from benchmarks.experiments import Experiment
