@@ -42,7 +42,8 @@ ALLOWED = {
         ),
     },
 }
-SLOW = ("prefenv/Digits-v0",)  # a U-Net; the fast tests of conditions are in test_conditions.py
+# A U-Net, and clouds of 400 points; the fast tests of conditions are in test_conditions.py.
+SLOW = ("prefenv/Digits-v0", "prefenv/Clouds-v0")
 every_spec = pytest.mark.parametrize(
     "spec",
     [pytest.param(s, marks=pytest.mark.slow if s.id in SLOW else (), id=s.id) for s in SPECS],
