@@ -20,11 +20,11 @@ from typing import Any
 
 import tyro
 
-from benchmarks.main_job import update_readme
+from benchmarks.pages import keep, spread, update_readme
 from benchmarks.pool import gather
 from prefenv.evaluation import Judge
 from prefenv.registry import lookup, make_agent
-from prefenv.runs import RunConfig, versions
+from prefenv.runs import RunConfig
 
 RESULTS = Path(__file__).parent / "results"
 LEVEL = 0.95
@@ -119,18 +119,14 @@ def summary(rows: list[dict[str, Any]], agent: str) -> str:
     soon = [next((q for q, rate in r["curve"] if rate >= LEVEL), math.inf) for r in fine]
     middle = statistics.median(soon)
     numbers = [
-        _spread([r["preferred_rate"] for r in fine]),
-        _spread([r["score"] for r in fine]),
+        spread([r["preferred_rate"] for r in fine]),
+        spread([r["score"] for r in fine]),
         f"{statistics.median(r['residual'] / r['reference_residual'] for r in fine):.2f}",
         f"{statistics.median(r['diversity'] or 0.0 for r in fine):.2f}",
         f"{middle:.0f}" if middle < math.inf else "never",
         f"{statistics.median(r['cpu_seconds'] for r in fine):.1f}",
     ]
     return f"| `{agent}` | {' | '.join(cells + numbers)} |"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def main(args: Args) -> None:
@@ -157,14 +153,11 @@ def main(args: Args) -> None:
         *table,
         "",
         note,
-        "",
-        f"Versions: {', '.join(f'{k} {v}' for k, v in versions().items())}.",
-        "",
     ]
-    (args.out / "all_agents.md").write_text("\n".join(text))
+    page = keep(args.out, "all_agents", text)
     if args.out == RESULTS and args.agents == tuple(TRAITS):
         update_readme(RESULTS.parents[1] / "agents" / "README.md", table, note)
-    print("\n".join(text))
+    print(page)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.pages import keep
 from oracles.s_cloud import SCloud
 from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
 from prefenv.hil_dd import TASK, read_hil_dd
 from prefenv.registry import agent_config, make_agent, make_task
-from prefenv.runs import versions
 from prefenv.tasks.clouds import ROLL, S_CURVE
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,11 +157,8 @@ def main(args: Args) -> None:
         *table(rows, args.agents),
         "",
         "![model A, and both after three informative panels, same noises](clouds.png)",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
-        "",
     ]
-    (args.out / "clouds.md").write_text("\n".join(lines))
+    text = keep(args.out, "clouds", lines)
     flow: Any = task.flow()
     flow.field.field.load_state_dict(read_hil_dd(args.source))
     env = FlowVectorEnv(4, task=task, reference=flow, panel_size=4, steps=args.steps, device="cpu")
@@ -169,7 +166,7 @@ def main(args: Args) -> None:
     colors = [plotting.RED, *[plotting.GREEN] * len(drawn)]
     figure = plotting.sheet(task, [g.numpy() for g in groups], colors, ["model A", *drawn])
     figure.savefig(args.out / "clouds.png")
-    print("\n".join(lines))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.pages import keep
 from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.oracle import scored
 from prefenv.registry import make_agent, make_oracle, make_task
-from prefenv.runs import versions
 
 RESULTS = Path(__file__).parent / "results"
 # protocol: panel size, and how the oracle answers.
@@ -215,17 +215,12 @@ def main(args: Args) -> None:
         "(the real pictures are themselves among those that it is taken to).",
         "",
         *table(rows, reference, real),
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
-        "",
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
     plain = [{k: v for k, v in r.items() if k != "shown"} for r in rows]
     plain.insert(0, {"model": "reference", **reference})
-    (args.out / "digits.jsonl").write_text("".join(json.dumps(r) + "\n" for r in plain))
-    (args.out / "digits.md").write_text("\n".join(lines))
+    text = keep(args.out, "digits", lines, plain)
     figure(bench, rows, start).savefig(args.out / "digits.png")
-    print("\n".join(lines))
+    print(text)
 
 
 if __name__ == "__main__":

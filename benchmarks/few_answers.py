@@ -9,7 +9,6 @@ Five statements, each over its seeds: what was asked for, what was reached, and 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from benchmarks.main_job import spread
-from prefenv.checkpoints import load_checkpoint
+from benchmarks.pages import keep, spread
 from prefenv.evaluation import Judge
-from prefenv.registry import make_agent, make_oracle, make_task
-from prefenv.runs import RunConfig, align, versions
+from prefenv.registry import make_agent
+from prefenv.runs import RunConfig, align
 
 RESULTS = Path(__file__).parent / "results"
 RARE = {"task": "shapes:s_rate=0.025", "checkpoint": "shapes-rare"}
@@ -50,10 +48,7 @@ class Statement:
 
     def judge(self) -> Judge:
         """What scores its runs."""
-        task = make_task(self.config.task)
-        flow = load_checkpoint(self.config.checkpoint, task).flow
-        oracle = make_oracle(self.config.oracle, task)
-        return Judge(flow, task, oracle, n_reference=self.n_reference, n=self.n)
+        return self.config.judge(n_reference=self.n_reference, n=self.n)
 
 
 def _run(**settings: Any) -> RunConfig:
@@ -158,14 +153,8 @@ def main(args: Args) -> None:
         "",
         f"**First questions** with the reference of 2 % S curves: {told} of {args.panels} show some but not all "
         f"S curves (wanted: 95 of 100). Four random samples would in {1 - (1 - rate) ** 4:.0%}.",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
-        "",
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "few_answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (args.out / "few_answers.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    print(keep(args.out, "few_answers", lines, rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ one kept? Optimum, frontier and the reference's density are exact (quadrature). 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.main_job import spread
+from benchmarks.pages import keep, spread
 from prefenv import plotting
 from prefenv.checkpoints import load_checkpoint
 from prefenv.device import make_generator
@@ -35,7 +34,7 @@ from prefenv.packing import unpack
 from prefenv.policy import FlowPolicy
 from prefenv.registry import make_agent, make_oracle, make_task
 from prefenv.reward import save_reward, train_reward
-from prefenv.runs import RunConfig, align, versions
+from prefenv.runs import RunConfig, align
 from prefenv.tasks.gaussians import Gaussians
 
 RESULTS = Path(__file__).parent / "results"
@@ -196,17 +195,12 @@ def main(args: Args) -> None:
         f"| exact optimum | | {' | '.join(cells)} |",
         "",
         "![samples of the reference, the methods and the optimum](gaussians.png)",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
-        "",
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gaussians.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (args.out / "gaussians.md").write_text("\n".join(lines))
+    text = keep(args.out, "gaussians", lines, rows)
     groups, colors = zip(*drawn.values(), strict=True)
     figure = plotting.overlays(task, [g.numpy() for g in groups], colors, list(drawn), columns=3)
     figure.savefig(args.out / "gaussians.png")
-    print("\n".join(lines))
+    print(text)
 
 
 if __name__ == "__main__":

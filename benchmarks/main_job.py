@@ -9,8 +9,6 @@ Writes ``main_job.jsonl`` (a summary a run), ``main_job.md`` (the tables) and th
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,11 @@ from typing import Any
 import gymnasium as gym
 import tyro
 
+from benchmarks.pages import keep, spread, update_readme
 from prefenv.demo import compare, demo
 from prefenv.evaluation import Evaluation, Judge
 from prefenv.registry import make_agent
-from prefenv.runs import RunConfig, versions
+from prefenv.runs import RunConfig
 
 RESULTS = Path(__file__).parent / "results"
 AGENTS = ("hil-dd", "pfm", "d3po", "ppo")
@@ -68,12 +67,6 @@ def after_panels(judge: Judge, seed: int, panels: int = 3) -> tuple[Evaluation, 
     return judge.evaluate(agent), agent.env.ledger.panels
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Median and range."""
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def agent_table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown line per agent: median and range over the seeds."""
     lines = [f"| agent | {' | '.join(_NUMBERS.values())} |", "|---" * (len(_NUMBERS) + 1) + "|"]
@@ -84,14 +77,6 @@ def agent_table(rows: list[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| `{agent}` | {' | '.join(cells)} |")
     return lines
-
-
-def update_readme(path: Path, table: list[str], note: str, name: str = "results") -> None:
-    """Put the table between the README's marks of that name."""
-    head, start, rest = path.read_text().partition(f"<!-- {name} -->")
-    _, end, tail = rest.partition(f"<!-- /{name} -->")
-    body = "\n".join(["", *table, "", note, ""])
-    path.write_text(f"{head}{start}{body}{end}{tail}")
 
 
 def main(args: Args) -> None:
@@ -123,9 +108,6 @@ def main(args: Args) -> None:
         f"{spread([e.preferred_rate for e, _ in few])}, score {spread([e.score for e, _ in few])}, residual "
         f"{spread([e.residual / e.reference_residual for e, _ in few], 2)} times the reference's; panels shown: "
         f"{', '.join(str(n) for _, n in few)}.",
-        "",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
-        "",
     ]
     rows += [
         {
@@ -136,9 +118,7 @@ def main(args: Args) -> None:
         }
         for s, (e, n) in enumerate(few)
     ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "main_job.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (args.out / "main_job.md").write_text("\n".join(lines))
+    text = keep(args.out, "main_job", lines, rows)
     demo(args.work / "seed0", AGENTS, base)
     for name in ("shapes.png", "frontier.png"):
         (args.out / name).write_bytes((args.work / "seed0" / name).read_bytes())
@@ -150,7 +130,7 @@ def main(args: Args) -> None:
             "Made by `python -m benchmarks.main_job`."
         )
         update_readme(RESULTS.parents[1] / "README.md", table, note)
-    print("\n".join(lines))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.main_job import update_readme
+from benchmarks.pages import update_readme
 from benchmarks.report_html import markdown, page, table_lines
 from benchmarks.report_rows import Bench, Described, bench, finite, read
 from benchmarks.report_sections import appendix, details, overview

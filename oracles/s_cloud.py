@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from oracles.s_curve import s_score
 from prefenv.errors import ConfigError
 from prefenv.oracle import Answer, ScriptedOracle
 from prefenv.tasks.base import Task
-from prefenv.tasks.clouds import ROLL, S_CURVE, Clouds
+from prefenv.tasks.clouds import Clouds
 
 
 class SCloud(ScriptedOracle):
@@ -38,6 +39,4 @@ class SCloud(ScriptedOracle):
         self.clouds, self.width = task, width
 
     def score(self, samples: Tensor) -> Tensor:
-        squared = self.clouds.residuals(samples, 2)
-        roll, s = squared[..., ROLL], squared[..., S_CURVE]
-        return roll / (roll + s) / (1 + s / self.width**2)
+        return s_score(self.clouds.residuals(samples, 2), self.width)

@@ -19,6 +19,12 @@ from prefenv.tasks.base import Task
 from prefenv.tasks.shapes import ROLL, S_CURVE, Shapes
 
 
+def s_score(squared: Tensor, width: float) -> Tensor:
+    """The value, ``(...)``, from squared residuals to both classes, ``(..., 2)``."""
+    roll, s = squared[..., ROLL], squared[..., S_CURVE]
+    return roll / (roll + s) / (1 + s / width**2)
+
+
 class SCurve(ScriptedOracle):
     """The scripted S-curve oracle.
 
@@ -40,6 +46,4 @@ class SCurve(ScriptedOracle):
         self.width = width
 
     def score(self, samples: Tensor) -> Tensor:
-        squared = self.shapes.residuals(samples).square()
-        roll, s = squared[..., ROLL], squared[..., S_CURVE]
-        return roll / (roll + s) / (1 + s / self.width**2)
+        return s_score(self.shapes.residuals(samples).square(), self.width)

@@ -132,14 +132,14 @@ class RunConfig:
         )
         return self.panel_size * max(d for d in range(1, most + 1) if panels % d == 0)
 
-    def judge(self) -> Judge:
-        """What scores this run's agent."""
+    def judge(self, **sizes: int) -> Judge:
+        """What scores this run's agent; ``sizes`` are ``Judge``'s ``n_reference`` and ``n``."""
         task = make_task(self.task)
         flow = load_checkpoint(self.checkpoint, task).flow.to(resolve_device(self.device))
         oracle = make_oracle(self.oracle, task)
         if not isinstance(oracle, ScriptedOracle):
             oracle = make_oracle(task.default_oracle, task)
-        return Judge(flow, task, oracle, steps=self.steps, beta=self.beta)
+        return Judge(flow, task, oracle, steps=self.steps, beta=self.beta, **sizes)
 
     def answerer(self) -> Any:
         """Who answers the env: the oracle, or its teacher, seeded with the run."""

@@ -12,11 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefenv.checkpoints import load_checkpoint
 from prefenv.errors import UnknownNameError
 from prefenv.evaluation import Judge
-from prefenv.oracle import ScriptedOracle
-from prefenv.registry import make_oracle, make_task
 from prefenv.runs import RunConfig
 
 NAMES = (
@@ -61,20 +58,7 @@ class Experiment:
     def judge(self, variant: str) -> Judge:
         """What scores the runs of a variant: by the oracle's true score, else by the task's own oracle."""
         config = self.config(variant, "ppo", 0)
-        task = make_task(config.task)
-        flow = load_checkpoint(config.checkpoint, task).flow
-        oracle = make_oracle(config.oracle, task)
-        if not isinstance(oracle, ScriptedOracle):
-            oracle = make_oracle(task.default_oracle, task)
-        return Judge(
-            flow,
-            task,
-            oracle,
-            steps=config.steps,
-            beta=config.beta,
-            n_reference=self.n_reference,
-            n=self.n,
-        )
+        return config.judge(n_reference=self.n_reference, n=self.n)
 
 
 @functools.cache
