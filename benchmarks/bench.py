@@ -125,9 +125,10 @@ class Results:
         found = json.loads(path.read_text()) if path.exists() else {}
         for name in sorted(set(experiments) - found.keys()):
             judge = judge_of(name, next(iter(load(name).variants)))
-            reward, kl = judge.frontier_curve(100)
+            reward, kl, stderr = judge.frontier_curve(100)
             found[name] = {
                 "reward": np.round(reward, 5).tolist(),
+                "reward_stderr": np.round(stderr, 6).tolist(),
                 "kl": np.round(kl, 5).tolist(),
                 "reference_reward": float(judge.rewards.double().mean()),
                 "optimum_reward": judge.optimum_reward,

@@ -85,7 +85,11 @@ def _frontier(panel: Any, curve: Mapping[str, Any], top: float) -> None:
     top = max(top, reward[seen].max(initial=top))
     top += 0.05 * (top - curve["reference_reward"])
     panel.axhline(curve["reference_reward"], color=GREY, lw=1, ls=":")
-    panel.plot(kl[seen], reward[seen], color=BLUE, lw=2)
+    error = 1.96 * np.asarray(curve.get("reward_stderr", 0 * reward), float)[seen]
+    panel.fill_between(
+        kl[seen], reward[seen] - error, reward[seen] + error, color=BLUE, alpha=0.3, lw=0
+    )
+    panel.plot(kl[seen], reward[seen], color=BLUE, lw=1.5)
     panel.fill_between(kl[seen], reward[seen], top, color=BLUE, alpha=0.08, lw=0)
     panel.plot(curve["optimum_kl"], curve["optimum_reward"], "*", color=BLUE, ms=8)
 

@@ -93,7 +93,8 @@ def details(bench: Bench, frontiers: Mapping[str, Any]) -> list[Section]:
     alt = "Mean true reward of every agent against its KL to the reference, with the frontier."
     text = (
         "Medians over the runs of the first variant, with 1.96 standard errors of the KL. Nothing can lie in the "
-        "shaded region beyond the frontier. Hollow: the agent has no likelihood, and its KL is at most this. "
+        "shaded region beyond the frontier, but for its own error, the band. Hollow: the agent has no likelihood, "
+        "and its KL is at most this. "
         "Dotted: the reference's reward. Runs above the frontier by more than their KL's error: "
         f"{len(bench.above_frontier)}."
     )

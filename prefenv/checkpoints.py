@@ -32,10 +32,10 @@ class Checkpoint:
     card: dict[str, Any]
 
 
-def shipped(name: str) -> Path:
+def shipped(name: str, suffix: str = ".safetensors") -> Path:
     """Where ``checkpoints/NAME.safetensors`` lies: inside an installed package, or beside it in the repository."""
     for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints"):
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{name}{suffix}"
         if path.exists():
             return path
     return path

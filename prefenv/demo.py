@@ -128,7 +128,7 @@ def frontier_figure(summaries: list[dict[str, Any]], judge: Judge) -> Figure:
     with plotting.style():
         figure = Figure(figsize=(6, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        reward, kl = judge.frontier_curve()
+        reward, kl, _ = judge.frontier_curve()
         seen = kl > 1e-3
         axes.plot(kl[seen], reward[seen], color=plotting.BLUE, label="frontier (exact)")
         axes.fill_between(kl[seen], reward[seen], 1.05, color=plotting.BLUE, alpha=0.07, lw=0)

@@ -60,8 +60,13 @@ def frontier_kl_estimate(
 def frontier_stderr(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
     """Standard errors of ``prefenv.optimum.frontier``'s mean rewards and KLs, each ``(len(betas),)``.
 
-    The influence of one sample is ``w (r - R)`` on the reward and ``l w (r - R) - (w - 1)`` on the KL.
+    The influence of one sample is ``w (r - R)`` on the reward and ``l w (r - R) - (w - 1)`` on the KL. Of rewards
+    ``(C, n)``, those of each condition in a row, the errors are those of the means over conditions.
     """
+    if rewards.dim() == 2:
+        each = torch.stack([torch.stack(frontier_stderr(row, betas)) for row in rewards])
+        reward, kl = each.square().sum(0).sqrt() / len(rewards)
+        return reward, kl
     r, tilt = rewards.double(), 1 / betas.double()[:, None]
     weight = (r * tilt).softmax(1) * len(r)
     moved = weight * (r - (weight * r).mean(1, keepdim=True))

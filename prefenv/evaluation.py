@@ -26,6 +26,7 @@ from torch import Tensor
 
 from prefenv.device import make_generator
 from prefenv.errors import ConfigError
+from prefenv.estimates import frontier_stderr
 from prefenv.flow import RectifiedFlow, normal_log_prob
 from prefenv.optimum import energy_square, frontier, frontier_kl, optimum_samples, optimum_weights
 from prefenv.oracle import ScriptedOracle, scored
@@ -288,10 +289,11 @@ class Judge:
         """True scores of the optimum's samples."""
         return scored(self.oracle, self.optimum, self.asked(self.optimum_label))
 
-    def frontier_curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-        """Rewards and KLs of the frontier from the reference to near the best seen reward."""
-        reward, kl = frontier(self.table(), torch.logspace(2, -3, points))
-        return reward.numpy(), kl.numpy()
+    def frontier_curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rewards and KLs of the frontier from the reference to near the best seen reward; the rewards' errors."""
+        table, betas = self.table(), torch.logspace(2, -3, points)
+        (reward, kl), (stderr, _) = frontier(table, betas), frontier_stderr(table, betas)
+        return reward.numpy(), kl.numpy(), stderr.numpy()
 
 
 def split(values: Tensor, label: Tensor | None) -> list[Tensor]:

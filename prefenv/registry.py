@@ -23,6 +23,7 @@ TASKS = {
     "gaussians": "prefenv.tasks.gaussians:Gaussians",
     "clouds": "prefenv.tasks.clouds:Clouds",
     "digits": "prefenv.tasks.digits:Digits",
+    "segments": "prefenv.tasks.segments:Segments",
 }
 AGENTS = {
     "hil-dd": "agents.hil_dd:HilDD",
@@ -61,6 +62,7 @@ ORACLES = {
     "legible": "oracles.legible:Legible",
     "aesthetic": "oracles.aesthetic:Aesthetic",
     "jpeg": "oracles.jpeg:Jpeg",
+    "segment-return": "oracles.segment_return:SegmentReturn",
 }
 _TABLES = {"task": TASKS, "agent": AGENTS, "oracle": ORACLES}
 

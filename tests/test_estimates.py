@@ -89,6 +89,15 @@ def test_errors_along_the_frontier_hold_the_truth():
     assert bool((ratio < 1.3).all()), "no wider than need be"
 
 
+def test_errors_of_conditions_are_those_of_their_mean():
+    betas = S / torch.tensor([0.3, 1.0], dtype=torch.float64)
+    table = torch.stack([rewards(4000, seed=i) for i in range(4)])
+    for many, one in zip(
+        frontier_stderr(table, betas), frontier_stderr(table.flatten(), betas), strict=True
+    ):
+        torch.testing.assert_close(many, one, rtol=0.1, atol=0)
+
+
 def test_nothing_lies_above_the_frontier_by_more_than_its_error():
     """The optimum lies on it; a narrower and a wider Gaussian of the same mean reward lie below."""
     reference, on = gaussian([M], [S]), []

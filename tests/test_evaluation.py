@@ -433,8 +433,11 @@ def test_a_model_without_flows_has_no_likelihood_but_may_know_a_bound(judge):
 def test_frontier_curve_rises_from_the_reference():
     task = Plain(dim=2)
     judge = Judge(gaussian(M, S), task, Linear(task, A), beta=1.5 * SPREAD)
-    reward, kl = judge.frontier_curve()
-    assert reward.shape == kl.shape == (200,)
+    reward, kl, stderr = judge.frontier_curve()
+    assert reward.shape == kl.shape == stderr.shape == (200,)
+    assert stderr[0] == pytest.approx(
+        float(judge.rewards.std()) / len(judge.rewards) ** 0.5, rel=0.05
+    )
     assert (np.diff(reward) > -1e-9).all() and (np.diff(kl) > -1e-9).all()
     assert kl[0] < 1e-3 and reward[0] == pytest.approx(float(judge.rewards.mean()), abs=0.02)
     assert reward[-1] == pytest.approx(float(judge.rewards.max()), abs=0.05)

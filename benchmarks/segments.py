@@ -1,0 +1,257 @@
+"""PFM's offline-RL experiment: does a generator of segments act better once pairs of them were compared?
+
+    python -m benchmarks.segments                    Pendulum-v1 and Hopper-v5, three skills, five seeds
+    python -m benchmarks.segments --envs Pendulum-v1
+
+Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.3), on behaviour of our own (``benchmarks/behaviour.py``)
+instead of D4RL's. The reference is behaviour cloning (BC): a flow that makes ten actions for the state they begin
+in. About a thousand pairs of its segments, two of a state, are labelled by their true return; DPO, PFM and
+marginal BC (flow matching on the preferred ones alone) learn from them, and then **act in the env**: in every
+state a segment is made and its first action is done. The normalised return is 0 for uniform actions and 100 for
+the expert. Writes ``segments.jsonl`` (a line a run), ``segments.md`` and ``segments.png`` to
+``benchmarks/results/``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from benchmarks.pages import keep
+from prefenv.checkpoints import shipped, write_atomic
+from prefenv.device import make_generator
+from prefenv.oracle import scored
+from prefenv.registry import make_agent
+from prefenv.runs import RunConfig
+from prefenv.tasks.segments import Segments
+
+RESULTS = Path(__file__).parent / "results"
+SKILLS = ("random", "medium", "expert")
+# Name in the table: agent (None = the reference itself), rounds. PFM's own way is one round.
+METHODS: dict[str, tuple[str, int] | None] = {
+    "BC": None,
+    "DPO": ("flow-dpo", 8),
+    "PFM": ("pfm:coupling=pair,margin=False,updates=600", 1),
+    "marginal BC": ("rft:keep=best,updates=600", 1),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare BC, DPO, PFM and marginal BC in control tasks.
+
+    Args:
+        envs: Ids of control tasks whose behaviour and references are there.
+        skills: Whose behaviour is cloned.
+        methods: Which methods.
+        seeds: How many seeds, from ``first``.
+        first: The first seed.
+        queries: Judged segments of each method, two a pair.
+        episodes: Episodes that each model plays.
+        work: Folder of finished runs, which are not repeated.
+        out: Folder of the results.
+    """
+
+    envs: tuple[str, ...] = ("Pendulum-v1", "Hopper-v5")
+    skills: tuple[str, ...] = SKILLS
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: int = 5
+    first: int = 0
+    queries: int = 2048
+    episodes: int = 10
+    work: Path = Path("runs/segments")
+    out: Path = RESULTS
+
+
+@torch.no_grad()
+def play(env_id: str, task: Segments, model: Any, episodes: int, seed: int) -> np.ndarray:
+    """Returns ``(episodes,)`` of a model that plans in every state and does the first action of its plan.
+
+    Args:
+        env_id: The real env.
+        task: Whose conditions and actions the model knows.
+        model: With ``sample(noise, condition)``.
+        episodes: Envs side by side, one episode each.
+        seed: Of their beginnings, and of the model's noises.
+    """
+    envs: Any = gym.make_vec(env_id, num_envs=episodes, vectorization_mode="sync")
+    noise = make_generator(seed, stream="play")
+    observation, _ = envs.reset(seed=[1000 * seed + i for i in range(episodes)])
+    total, alive = np.zeros(episodes), np.ones(episodes, bool)
+    while alive.any():
+        condition = task.standard(torch.from_numpy(observation).float())
+        z = torch.randn(episodes, *task.event_shape, generator=noise)
+        plans = task.actions(model.sample(z, condition))
+        observation, reward, terminated, truncated, _ = envs.step(plans[:, 0].astype(np.float32))
+        total += np.where(alive, reward, 0.0)
+        alive &= ~(terminated | truncated)
+    envs.close()
+    return total
+
+
+def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str, Any]:
+    """One model: made, asked for segments of fixed states, and let loose in the env."""
+    began, made = time.process_time(), METHODS[method]
+    agent, rounds = made or ("rft", 1)
+    config = RunConfig(
+        agent=agent,
+        task=f"segments:env={env_id},skill={skill}",
+        oracle="segment-return:answer=best",
+        queries=args.queries,
+        panel_size=2,
+        rows=args.queries // rounds,
+        seed=seed,
+        device="cpu",
+    )
+    env = config.make_env()
+    if made is None:
+        model, task, oracle = env.unwrapped.reference, env.unwrapped.task, env.unwrapped.oracle
+    else:
+        model = make_agent(config.agent, env, seed=seed)
+        model.learn(args.queries)
+        task, oracle = model.env.task, model.env.oracle
+    asked = task.draw_conditions(512, make_generator(0, stream="segments benchmark"))
+    noise = torch.randn(512, *task.event_shape, generator=make_generator(0, stream="segments"))
+    with torch.no_grad():
+        x = model.sample(noise, asked)
+    returns = play(env_id, task, model, args.episodes, seed)
+    known = behaviour_returns(env_id)
+    low, high = known["random"]["return"], known["expert"]["return"]
+    return {
+        "env": env_id,
+        "skill": skill,
+        "method": method,
+        "agent": made and made[0],
+        "seed": seed,
+        "queries": args.queries if made else 0,
+        "segment_reward": float(scored(oracle, x, asked).mean()),
+        "residual": float(task.residual(x).median()),
+        "return": float(returns.mean()),
+        "returns": [round(float(r), 2) for r in returns],
+        "normalised": 100 * (float(returns.mean()) - low) / (high - low),
+        "seconds": round(time.process_time() - began, 1),
+    }
+
+
+def finished(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str, Any]:
+    """A run's row, from its file if it was finished before."""
+    name = f"{env_id}-{skill}-{method}-s{seed}-{args.queries}-{args.episodes}".replace(" ", "-")
+    file = args.work / f"{name.lower()}.json"
+    if not file.exists():
+        write_atomic(file, json.dumps(run(args, env_id, skill, method, seed)).encode())
+    return json.loads(file.read_text())
+
+
+def behaviour_returns(env_id: str) -> dict[str, Any]:
+    """What is known of the behaviour that comes with the package."""
+    return json.loads(shipped(f"behaviour/{env_id.lower()}", ".json").read_text())
+
+
+def behaved(env_id: str) -> list[str]:
+    """The mean returns of each skill, in words."""
+    known = behaviour_returns(env_id)
+    return [f"{skill} {known[skill]['return']:.0f}" for skill in SKILLS]
+
+
+def cell(values: list[float], digits: int = 1) -> str:
+    """Mean, and standard deviation over the seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(rows: list[dict[str, Any]], key: str, digits: int = 1) -> list[str]:
+    """A Markdown line for each env and skill, a column for each method, and the means over all."""
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    cases = list(dict.fromkeys((r["env"], r["skill"]) for r in rows))
+    lines = [f"| behaviour | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
+    found = {
+        (case, m): [r[key] for r in rows if (r["env"], r["skill"]) == case and r["method"] == m]
+        for case in cases
+        for m in methods
+    }
+    for case in cases:
+        cells = [cell(found[case, m], digits) for m in methods]
+        lines.append(f"| {case[0]}, {case[1]} | {' | '.join(cells)} |")
+    means = [statistics.mean(statistics.mean(found[c, m]) for c in cases) for m in methods]
+    return [*lines, "| mean | " + " | ".join(f"{m:.{digits}f}" for m in means) + " |"]
+
+
+def figure(rows: list[dict[str, Any]]) -> Any:
+    """Normalised returns: bars are means, points are seeds."""
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    cases = list(dict.fromkeys((r["env"], r["skill"]) for r in rows))
+    fig, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    width = 0.8 / len(methods)
+    for k, method in enumerate(methods):
+        for i, case in enumerate(cases):
+            mine = [
+                r["normalised"]
+                for r in rows
+                if (r["env"], r["skill"]) == case and r["method"] == method
+            ]
+            at = i + (k - (len(methods) - 1) / 2) * width
+            label = method if i == 0 else None
+            axes.bar(at, statistics.mean(mine), 0.9 * width, color=f"C{k}", alpha=0.6, label=label)
+            axes.scatter([at] * len(mine), mine, s=8, color=f"C{k}", zorder=3)
+    axes.axhline(0, color="0.5", lw=0.8)
+    axes.set_xticks(range(len(cases)), [f"{e}\n{s}" for e, s in cases])
+    axes.set_ylabel("normalised return")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(methods), loc="upper left")
+    return fig
+
+
+def main(args: Args) -> None:
+    """Run what is missing, and write the results."""
+    torch.set_num_threads(1)
+    todo = [
+        (env_id, skill, method, seed)
+        for env_id in args.envs
+        for skill in args.skills
+        for method in args.methods
+        for seed in range(args.first, args.first + args.seeds)
+    ]
+    bar = tqdm(todo, desc="segments", unit="run")
+    rows = []
+    for case in bar:
+        bar.set_postfix_str(", ".join(map(str, case)))
+        rows.append(finished(args, *case))
+    settings = [f"{m}: `{made[0]}`" for m, made in METHODS.items() if made and m in args.methods]
+    told = [f"{env_id}: {', '.join(behaved(env_id))}" for env_id in args.envs]
+    lines = [
+        "# Segments: PFM's offline-RL experiment, rolled out in the real env",
+        "",
+        f"`python -m benchmarks.segments --seeds {args.seeds} --queries {args.queries}`: {args.queries // 2} "
+        f"pairs of the reference's segments labelled by their true return, {args.episodes} episodes a model, "
+        f"seeds {args.first} to {args.first + args.seeds - 1}. BC is one model; its seeds are those of the "
+        f"episodes. {'; '.join(settings)}.",
+        "",
+        "Normalised return (mean ± standard deviation over the seeds): 0 = uniform actions, 100 = the expert; the "
+        f"returns of the behaviour itself: {'; '.join(told)}.",
+        "",
+        *table(rows, "normalised"),
+        "",
+        "What was asked for: mean true reward a step of 512 segments, each for a state of the data.",
+        "",
+        *table(rows, "segment_reward", 3),
+        "",
+        "![normalised returns](segments.png)",
+    ]
+    text = keep(args.out, "segments", lines, rows)
+    figure(rows).savefig(args.out / "segments.png", dpi=150)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,316 @@
+"""The segments task, its oracle, the files it reads, and its benchmark."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.segments import METHODS, cell, play, table
+from oracles.segment_return import SegmentReturn, setter
+from prefenv.checkpoints import shipped
+from prefenv.errors import ConfigError
+from prefenv.registry import make_oracle, make_task
+from prefenv.tasks.segments import Behaviour, Segments, spaces
+
+mujoco = pytest.importorskip("mujoco", reason="needs the extra prefenv[control]")
+h5py = pytest.importorskip("h5py", reason="needs the extra prefenv[control]")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("segments")
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return make_task("segments:env=Hopper-v5")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# The data
+
+
+def test_a_segment_never_crosses_an_episode():
+    ends = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.bool)
+    known = Behaviour(torch.zeros(8, 1), torch.zeros(8, 1), torch.zeros(8), ends)
+    assert known.starts(3).tolist() == [0, 3, 4]
+    assert known.starts(4).tolist() == [3] and not len(known.starts(5))
+    assert known.starts(1).tolist() == list(range(8))
+
+
+def test_data_are_consecutive_actions_and_the_state_they_begin_in(task):
+    x, condition = task.data(200, seeded())
+    assert x.shape == (200, 10, 1) and condition.shape == (200, 3) and float(x.abs().max()) <= 1
+    steps = task.steps
+    observed = task.observations(condition)
+    for i in range(20):
+        at = int((steps.observations - observed[i]).norm(dim=1).argmin())
+        torch.testing.assert_close(steps.actions[at : at + 10], x[i])
+    again, _ = task.data(200, seeded())
+    assert torch.equal(x, again)
+
+
+def test_conditions_are_standardised_and_come_back(task, hopper):
+    for each in (task, hopper):
+        _, condition = each.data(4000, seeded())
+        assert condition.mean(0).abs().max() < 0.2 and (condition.std(0) - 1).abs().max() < 0.3
+        observed = each.steps.observations[:50]
+        torch.testing.assert_close(
+            each.observations(each.standard(observed)), observed, atol=1e-4, rtol=1e-4
+        )
+        assert each.standard(1e6 * torch.ones(1, observed.shape[1])).max() == 10
+
+
+def test_actions_are_in_the_envs_own_units(task):
+    x = torch.tensor([[[-3.0]], [[-1.0]], [[0.5]], [[1.0]]])
+    assert task.actions(x).ravel().tolist() == [-2, -2, 1, 2]
+
+
+def test_residual_is_nought_for_real_segments_and_the_noises_length_for_noise(task):
+    real = task.steps.actions[task.begin[:1] + torch.arange(10)][None]
+    assert float(task.residual(real)) < 1e-3
+    far = torch.full((1, 10, 1), 5.0)
+    assert 4 <= float(task.residual(far)) <= 6
+    assert task.classify(far).tolist() == [0]
+
+
+def test_the_skills_are_as_good_as_their_names():
+    for env_id in ("Pendulum-v1", "Hopper-v5"):
+        rewards = [
+            float(make_task(f"segments:env={env_id},skill={s}").steps.rewards.sum())
+            for s in ("random", "medium", "expert")
+        ]
+        assert rewards == sorted(rewards) and rewards[0] < rewards[2]
+
+
+# Files
+
+
+def arrays(n=40, o=3, a=1, scale=2.0, length=10):
+    """D4RL's arrays: actions in the env's own units."""
+    rng = np.random.default_rng(0)
+    step = np.arange(1, n + 1)
+    return {
+        "observations": rng.normal(size=(n, o)).astype(np.float32),
+        "actions": rng.uniform(-scale, scale, (n, a)).astype(np.float32),
+        "rewards": rng.normal(size=n).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+        "timeouts": step % length == 0,
+    }
+
+
+def write_d4rl(path, told):
+    with h5py.File(path, "w") as file:
+        for key, value in told.items():
+            file[key] = value
+
+
+def write_minari(folder, told, length=10):
+    """A group an episode, whose last observation has no action."""
+    path = folder / "toy-v0" / "data" / "main_data.hdf5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        for k in range(len(told["rewards"]) // length):
+            rows, group = slice(k * length, (k + 1) * length), file.create_group(f"episode_{k}")
+            group["observations"] = np.concatenate(
+                [told["observations"][rows], told["observations"][rows][:1]]
+            )
+            group["actions"], group["rewards"] = told["actions"][rows], told["rewards"][rows]
+            group["terminations"], group["truncations"] = (
+                told["terminals"][rows],
+                told["timeouts"][rows],
+            )
+    return path
+
+
+def test_d4rl_and_minari_files_are_read_alike(tmp_path):
+    told = arrays(120)
+    write_d4rl(tmp_path / "toy.hdf5", told)
+    minari = write_minari(tmp_path, told)
+    tasks = [Segments(data_path=str(p)) for p in (tmp_path / "toy.hdf5", minari)]
+    assert [t.name for t in tasks] == ["segments-toy", "segments-toy-v0"]
+    assert all(len(t.begin) == 12 for t in tasks)
+    for t in tasks:
+        torch.testing.assert_close(t.steps.actions, torch.from_numpy(told["actions"]) / 2)
+        torch.testing.assert_close(t.steps.rewards, torch.from_numpy(told["rewards"]))
+    x, y = (t.data(7, seeded()) for t in tasks)
+    assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observations": np.zeros((40, 4))}, "Pendulum-v1 has"),
+        ({"rewards": np.full(40, np.nan)}, "NaN"),
+        ({"timeouts": np.arange(40) % 5 == 0}, "no episode is 10 steps long"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, change, message):
+    write_d4rl(tmp_path / "toy.hdf5", {**arrays(), **change})
+    with pytest.raises(ConfigError, match=message):
+        Segments(data_path=str(tmp_path / "toy.hdf5"))
+
+
+def test_what_cannot_be_made_is_refused_with_the_mend(tmp_path):
+    with pytest.raises(ConfigError, match="benchmarks.behaviour"):
+        make_task("segments:skill=divine")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        make_task("segments:env=NoSuchEnv-v0")
+    with pytest.raises(ConfigError, match="no Box spaces"):
+        make_task("segments:env=CartPole-v1")
+    with pytest.raises(ConfigError, match="horizon"):
+        make_task("segments:horizon=0")
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    with pytest.raises(ConfigError, match=r"no \.npz"):
+        Segments(data_path=str(tmp_path / "bad.npz"))
+    (tmp_path / "bad.hdf5").write_bytes(b"no hdf5")
+    with pytest.raises(ConfigError, match="layout"):
+        Segments(data_path=str(tmp_path / "bad.hdf5"))
+
+
+# The oracle
+
+
+def test_a_score_is_what_the_pendulums_equations_give(task):
+    """Gymnasium's pendulum by hand: m = l = 1, g = 10, dt = 0.05."""
+    x, condition = task.data(30, seeded())
+    state = task.observations(condition.double())
+    angle, speed = torch.atan2(state[:, 1], state[:, 0]), state[:, 2]
+    total = torch.zeros(30, dtype=torch.float64)
+    for u in (2 * x.double())[..., 0].unbind(1):
+        wrapped = (angle + math.pi) % (2 * math.pi) - math.pi
+        total -= wrapped**2 + 0.1 * speed**2 + 0.001 * u**2
+        speed = (speed + (15 * angle.sin() + 3 * u) * 0.05).clamp(-8, 8)
+        angle = angle + speed * 0.05
+    got = make_oracle("segment-return", task).score(x, condition)
+    torch.testing.assert_close(got.double(), total / 10, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skill", ["random", "expert"])
+def test_a_real_segment_earns_what_it_earned(skill):
+    """The hopper's data, played again from its observations; float16 and contacts make it differ a little."""
+    task = make_task(f"segments:env=Hopper-v5,skill={skill}")
+    oracle = make_oracle("segment-return", task)
+    first = task.begin[:: max(1, len(task.begin) // 60)]
+    rows = first[:, None] + torch.arange(10)
+    condition = task.standard(task.steps.observations[first])
+    got = oracle.score(task.steps.actions[rows], condition)
+    want = task.steps.rewards[rows].mean(1)
+    assert float((got - want).abs().median()) < 0.02 * float(want.std()) + 0.01
+    assert float(torch.corrcoef(torch.stack([got, want]))[0, 1]) > 0.95
+
+
+def test_a_segment_that_falls_earns_nothing_after(hopper):
+    """A hopper laid flat ends at once: one step's reward, whatever the actions."""
+    oracle = make_oracle("segment-return", hopper)
+    flat = hopper.steps.observations[:1].clone()
+    flat[:, 0], flat[:, 1] = 0.3, 1.4
+    condition = (flat - hopper.steps.moments[0]) / hopper.steps.moments[1]
+    x = torch.zeros(1, 10, 3)
+    env = oracle.env
+    oracle.place(env, flat[0].double().numpy())
+    _, reward, ended, *_ = env.step(np.zeros(3))
+    assert ended
+    assert float(oracle.score(x, condition)) == pytest.approx(reward / 10, abs=1e-4)
+
+
+def test_the_same_question_has_the_same_answer_and_sees_only_what_is_cut(hopper):
+    x, condition = hopper.data(6, seeded())
+    oracle = make_oracle("segment-return", hopper)
+    once = oracle.score(x, condition)
+    assert torch.equal(once, oracle.score(x, condition))
+    assert torch.equal(
+        oracle.score(5 * x, condition), oracle.score((5 * x).clamp(-1, 1), condition)
+    )
+    back = oracle.score(x.flip(0), condition.flip(0)).flip(0)
+    torch.testing.assert_close(once, back, atol=1e-6, rtol=0)
+
+
+def test_an_env_whose_observation_hides_its_state_is_refused():
+    env = gym.make("InvertedDoublePendulum-v5").unwrapped  # sines and cosines, and forces
+    with pytest.raises(ConfigError, match="state"):
+        setter(env)
+    with pytest.raises(ConfigError, match="plays segments"):
+        SegmentReturn(make_task("shapes"))
+
+
+# Networks and the benchmark
+
+
+def test_the_reference_is_as_good_as_what_it_cloned(task):
+    """Played segments of model A earn what the data's own do, state by state."""
+    from prefenv.checkpoints import load_checkpoint
+    from prefenv.policy import FlowPolicy
+
+    real, condition = task.data(400, seeded())
+    policy = FlowPolicy(load_checkpoint(None, task).flow)
+    made = policy.sample(torch.randn(real.shape, generator=seeded(1)), condition)
+    oracle = make_oracle("segment-return", task)
+    gap = oracle.score(made, condition) - oracle.score(real, condition)
+    assert abs(float(gap.mean())) < 4 * float(gap.std()) / 20 + 0.02
+    assert shipped("segments").exists()
+
+
+class Still:
+    """A model that always plans the same."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def sample(self, noise, condition):
+        self.seen = condition
+        return torch.full_like(noise, self.value)
+
+
+def test_playing_is_the_envs_own_course(task):
+    """Returns of a constant action, episode by episode, as a plain loop over the env gives them."""
+    got = play("Pendulum-v1", task, Still(0.25), 3, seed=4)
+    env = gym.make("Pendulum-v1")
+    for k in range(3):
+        env.reset(seed=4000 + k)
+        total, done = 0.0, False
+        while not done:
+            _, reward, ended, cut, _ = env.step(np.array([0.5], np.float32))
+            total, done = total + float(reward), ended or cut
+        assert got[k] == pytest.approx(total, rel=1e-6)
+
+
+def test_an_episode_that_ended_earns_no_more(hopper):
+    """Two hoppers fall at different times; each return stops there."""
+    got = play("Hopper-v5", hopper, Still(1.0), 4, seed=1)
+    env = gym.make("Hopper-v5")
+    for k in range(4):
+        env.reset(seed=1000 + k)
+        total, done = 0.0, False
+        while not done:
+            _, reward, ended, cut, _ = env.step(np.ones(3, np.float32))
+            total, done = total + float(reward), ended or cut
+        assert got[k] == pytest.approx(total, rel=1e-6)
+
+
+def test_the_table_has_a_line_for_each_behaviour_and_the_mean_of_means():
+    rows = [
+        {"env": e, "skill": "medium", "method": m, "normalised": v}
+        for e, m, v in [
+            ("A", "BC", 10),
+            ("A", "BC", 20),
+            ("A", "PFM", 40),
+            ("B", "BC", 25),
+            ("B", "PFM", 0),
+        ]
+    ]
+    lines = table(rows, "normalised")
+    assert lines[0] == "| behaviour | BC | PFM |"
+    assert lines[2] == "| A, medium | 15.0 ± 7.1 | 40.0 |" and lines[-1] == "| mean | 20.0 | 20.0 |"
+    assert cell([1.0]) == "1.0" and next(iter(METHODS)) == "BC"
+
+
+def test_spaces_are_looked_up_once():
+    assert spaces("Pendulum-v1") is spaces("Pendulum-v1")
