@@ -45,6 +45,19 @@ def test_each_question_goes_to_one_annotator_and_stays_theirs(store):
     assert (kept.seconds, kept.id) == (2.5, ann.id)
 
 
+def test_who_leaves_gives_the_question_up_at_once(store):
+    questions, panels = opened(store, 1)
+    late = questions.next("ann")
+    assert questions.next("bob") is None
+    questions.leave("ann")
+    questions.leave("nobody")
+    taken = questions.next("bob")
+    assert taken.panel == panels[0].id and questions.next("ann") is None
+    questions.answer("bob", taken.id, [1])
+    with pytest.raises(Refused, match="somebody else"):
+        questions.answer("ann", late.id, [0])
+
+
 def test_who_went_away_gives_the_question_up(store):
     now = 0.0
     questions, panels = opened(store, 1, patience=60, clock=lambda: now)

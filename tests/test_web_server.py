@@ -178,7 +178,7 @@ def test_nothing_else_is_served(ann, path):
 
 def test_wrong_tokens(ann):
     for token in (None, "", "x", ann.token[:-1], ann.token + "x", ann.token.swapcase()):
-        for call in ("next", "answer", "undo", "state", "nothing"):
+        for call in ("next", "leave", "answer", "undo", "state", "nothing"):
             status, text = ann.request("POST", f"/api/{call}", b"{}", X_Token=token)
             assert status == 401 and ann.token not in text
     assert ann.next() is not None
@@ -234,7 +234,7 @@ def test_long_bodies(ann):
      json.dumps({"annotator": "a" * 41}).encode(), b'{"annotator": ' + b"9" * 5000 + b"}"],
 )  # fmt: skip
 def test_malformed_bodies(ann, body):
-    for call in ("next", "answer", "undo", "state"):
+    for call in ("next", "leave", "answer", "undo", "state"):
         status, text = ann.request("POST", f"/api/{call}", body)
         assert status == 400 and "Traceback" not in text
     assert ann.next() is not None, "it lives on"

@@ -175,6 +175,11 @@ class Questions:
             self.held[annotator] = panel, self.clock() + self.patience
             return self._question(annotator, panel)
 
+    def leave(self, annotator: str) -> None:
+        """Give the annotator's open question up: another may have it at once."""
+        with self.changed:
+            self.held.pop(annotator, None)
+
     def _next(self, annotator: str) -> str | None:
         if again := self.again[annotator]:
             return again[-1]

@@ -55,6 +55,11 @@ class Api:
         """The question of an annotator, None where there is none."""
         return {"question": self._shown(self.questions.next(annotator))}
 
+    def leave(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Who renames himself does not come back under the old name: his question is free."""
+        self.questions.leave(annotator)
+        return {}
+
     def answer(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
         """Keep an answer; returns the next question."""
         name, seconds = body.get("question"), body.get("seconds")
@@ -148,7 +153,9 @@ def make_app(api: Api, token: str, exposed: bool = False) -> Guard:
 
         return respond
 
-    calls = {"next": api.next, "answer": api.answer, "undo": api.undo, "state": api.state}
+    calls = {
+        "next": api.next, "leave": api.leave, "answer": api.answer, "undo": api.undo, "state": api.state,
+    }  # fmt: skip
     routes = [Route(f"/api/{n}", endpoint(call), methods=["POST"]) for n, call in calls.items()]
     routes += [Route(path, file(name), methods=["GET"]) for path, name in FILES.items()]
     app = Starlette(routes=routes)

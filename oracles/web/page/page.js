@@ -263,6 +263,7 @@ $("welcome").addEventListener("submit", (event) => {
 });
 $("rename").addEventListener("click", () => {
   if (sending) return;
+  post("leave", {}).catch(() => {});
   name = "";
   delete sessionStorage.name;
   $("given").value = "";
