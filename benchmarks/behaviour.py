@@ -11,7 +11,6 @@ the returns that a normalised return refers to, ``<env>.json`` to ``checkpoints/
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable
@@ -47,7 +46,7 @@ class Course:
         settings: Other settings of Stable-Baselines3's PPO.
     """
 
-    steps: int = 1_000_000
+    steps: int = 800_000
     envs: int = 8
     settings: dict[str, Any] = field(default_factory=lambda: {"n_steps": 256, "batch_size": 256})
 
@@ -56,12 +55,9 @@ COURSES = {
     "Pendulum-v1": Course(
         steps=200_000,
         envs=4,
-        settings={
-            "n_steps": 512, "batch_size": 256, "gamma": 0.9, "learning_rate": 1e-3, "use_sde": True,
-            "sde_sample_freq": 4,
-        },
+        settings={"n_steps": 512, "batch_size": 256, "gamma": 0.9, "learning_rate": 1e-3},
     ),
-}  # fmt: skip
+}
 
 
 Actor = Callable[[np.ndarray], np.ndarray]  # from observations (n, o) to actions (n, a)
@@ -115,14 +111,16 @@ def actors(env_id: str, seed: int) -> list[tuple[int, Actor]]:
     with tqdm(total=course.steps, desc=f"PPO {env_id}") as bar:
         follow = ConvertCallback(lambda local, _: bar.update(course.envs) or True)
         model.learn(course.steps, callback=[moments, follow])
+    turn: dict[str, torch.Tensor] = {}  # whose weights the model has now
 
     def actor(state: dict[str, torch.Tensor], mean: np.ndarray, var: np.ndarray) -> Actor:
-        policy = copy.deepcopy(model.policy)
-        policy.load_state_dict(state)
-
         def act(observations: np.ndarray) -> np.ndarray:
+            nonlocal turn
+            if turn is not state:
+                model.policy.load_state_dict(state)
+                turn = state
             seen = np.clip((observations - mean) / np.sqrt(var + 1e-8), -10, 10)
-            return policy.predict(seen.astype(np.float32))[0]
+            return model.predict(seen.astype(np.float32))[0]
 
         return act
 
@@ -138,10 +136,9 @@ def uniform(space: gym.spaces.Box, seed: int) -> Actor:
 def record(env_id: str, act: Actor, steps: int, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Whole episodes one after the other: at least so many steps, and at least so many episodes' returns.
 
-    Actions are scaled to [-1, 1]; an episode that was cut at ``steps`` ends in a time-out.
+    An episode that was cut at ``steps`` ends in a time-out.
     """
     env: Any = gym.make(env_id)
-    low, high = env.action_space.low, env.action_space.high
     rows, returns = [], []
     bar = tqdm(total=steps, desc=f"record {env_id}")
     observation, _ = env.reset(seed=seed)
@@ -149,8 +146,7 @@ def record(env_id: str, act: Actor, steps: int, episodes: int, seed: int) -> dic
     while len(rows) < steps or len(returns) < episodes:
         action = act(observation[None])[0]
         after, reward, terminated, truncated, _ = env.step(action)
-        scaled = 2 * (action - low) / (high - low) - 1
-        rows.append((observation, scaled, reward, terminated, truncated))
+        rows.append((observation, action, reward, terminated, truncated))
         bar.update()
         total, observation = total + float(reward), after
         if terminated or truncated:

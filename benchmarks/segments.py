@@ -32,7 +32,7 @@ from benchmarks.pages import keep
 from prefenv.checkpoints import shipped, write_atomic
 from prefenv.device import make_generator
 from prefenv.oracle import scored
-from prefenv.registry import make_agent
+from prefenv.registry import make_agent, make_oracle
 from prefenv.runs import RunConfig
 from prefenv.tasks.segments import Segments
 
@@ -115,12 +115,11 @@ def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str
         device="cpu",
     )
     env = config.make_env()
-    if made is None:
-        model, task, oracle = env.unwrapped.reference, env.unwrapped.task, env.unwrapped.oracle
-    else:
-        model = make_agent(config.agent, env, seed=seed)
-        model.learn(args.queries)
-        task, oracle = model.env.task, model.env.oracle
+    task: Any = env.unwrapped.task
+    model: Any = env.unwrapped.reference
+    if made:
+        model = make_agent(config.agent, env, seed=seed).learn(args.queries)
+    oracle = make_oracle("segment-return", task)
     asked = task.draw_conditions(512, make_generator(0, stream="segments benchmark"))
     noise = torch.randn(512, *task.event_shape, generator=make_generator(0, stream="segments"))
     with torch.no_grad():
@@ -135,7 +134,7 @@ def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str
         "agent": made and made[0],
         "seed": seed,
         "queries": args.queries if made else 0,
-        "segment_reward": float(scored(oracle, x, asked).mean()),
+        "segment_score": float(scored(oracle, x, asked).mean()),
         "residual": float(task.residual(x).median()),
         "return": float(returns.mean()),
         "returns": [round(float(r), 2) for r in returns],
@@ -242,9 +241,10 @@ def main(args: Args) -> None:
         "",
         *table(rows, "normalised"),
         "",
-        "What was asked for: mean true reward a step of 512 segments, each for a state of the data.",
+        "What was asked for: mean score of 512 segments, each for a state of the data (0.5 = as good as doing "
+        "nothing).",
         "",
-        *table(rows, "segment_reward", 3),
+        *table(rows, "segment_score", 3),
         "",
         "![normalised returns](segments.png)",
     ]

@@ -1,10 +1,12 @@
 """``segment-return``: prefers segments by what they truly earn, played in the env from the state they are for.
 
-    score(y | x) = (r_0 + ... + r_{H-1}) / H,    r_h = the env's rewards for y's actions from state x
+    score(y | x) = sigmoid((R(y | x) - R(0 | x)) / s),    R = mean of the env's rewards for actions from state x
 
 The preference of PFM's offline-RL experiment (Kim et al. 2024, arXiv 2405.20234, section 5.3), whose public code
-labels pairs without looking at them. After an end the rewards are 0. A sample's numbers outside [-1, 1] are cut,
-as the env would. Accepted from the data's own mean reward. It has no gradient.
+labels pairs without looking at them. Of two segments for one state, the one of larger true return scores higher;
+``R(0 | x)``, doing nothing, makes states comparable, and ``s`` is the standard deviation of the data's own gains.
+Accepted from 1/2: better than nothing. After an end the rewards are 0. A sample's numbers outside [-1, 1] are cut,
+as the env would. It has no gradient.
 
 A state is set from the observation alone, so that any state that a model is asked for can be played. Where that
 does not bring the same observation back, the env is refused.
@@ -13,6 +15,7 @@ does not bring the same observation back, the env is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefenv.device import make_generator
 from prefenv.errors import ConfigError
 from prefenv.networks import needed
 from prefenv.oracle import Answer, ScriptedOracle
@@ -61,8 +65,58 @@ def setter(env: Any) -> Callable[[Any, np.ndarray], None]:
     return way
 
 
+class Player:
+    """The control task, for segments from any state.
+
+    Args:
+        task: The segments task.
+
+    Raises:
+        ConfigError: Its observation does not tell its state.
+    """
+
+    def __init__(self, task: Segments):
+        self.task = task
+        self.env: Any = gym.make(task.env, disable_env_checker=True).unwrapped
+        try:
+            self.place = setter(self.env)
+        except ConfigError as error:
+            raise ConfigError(f"segment-return cannot play {task.env}: {error}") from None
+
+    def returns(self, samples: Tensor, condition: Tensor) -> Tensor:
+        """``R(y | x)`` of segments ``(n, H, a)`` for conditions ``(n, o)``, ``(n,)`` float64."""
+        states = self.task.observations(condition.cpu().double()).numpy()
+        actions = self.task.actions(samples)
+        told = [self.earned(*row) for row in zip(states, actions, strict=True)]
+        return torch.tensor(told, dtype=torch.float64) / self.task.horizon
+
+    def gains(self, samples: Tensor, condition: Tensor) -> Tensor:
+        """``R(y | x) - R(0 | x)``, ``(n,)`` float64."""
+        known, which = condition.cpu().unique(dim=0, return_inverse=True)
+        still = self.returns(samples.new_zeros(len(known), *samples.shape[1:]), known)
+        return self.returns(samples, condition) - still[which]
+
+    def earned(self, observation: np.ndarray, actions: np.ndarray) -> float:
+        """Sum of the rewards for actions ``(H, *a)`` from a state."""
+        self.place(self.env, observation)
+        total = 0.0
+        for action in actions:
+            _, reward, terminated, *_ = self.env.step(action)
+            total += float(reward)
+            if terminated:
+                break
+        return total
+
+
+@lru_cache(maxsize=8)
+def spread(task: Segments) -> float:
+    """Standard deviation of the gains of 256 segments of the data."""
+    gains = Player(task).gains(*task.data(256, make_generator(0, stream="segment-return")))
+    return max(float(gains.std()), 1e-6)
+
+
 class SegmentReturn(ScriptedOracle):
-    """The mean reward of a segment.
+    """What a segment earns.
 
     Args:
         task: The segments task.
@@ -79,27 +133,8 @@ class SegmentReturn(ScriptedOracle):
         self.differentiable = False
         if not isinstance(task, Segments):
             raise ConfigError(f"segment-return plays segments, not {task.name!r}")
-        self.segments = task
-        self.env: Any = gym.make(task.env, disable_env_checker=True).unwrapped
-        try:
-            self.place = setter(self.env)
-        except ConfigError as error:
-            raise ConfigError(f"segment-return cannot play {task.env}: {error}") from None
-        self.threshold = float(task.steps.rewards.mean())
+        self.player, self.scale = Player(task), spread(task)
 
     def score(self, samples: Tensor, condition: Tensor | None = None) -> Tensor:
-        states = self.segments.observations(needed(condition).cpu().double()).numpy()
-        actions = self.segments.actions(samples)
-        told = [self.earned(*row) for row in zip(states, actions, strict=True)]
-        return torch.tensor(told, dtype=torch.float32).to(samples.device) / actions.shape[1]
-
-    def earned(self, observation: np.ndarray, actions: np.ndarray) -> float:
-        """Sum of the rewards for actions ``(H, *a)`` from a state."""
-        self.place(self.env, observation)
-        total = 0.0
-        for action in actions:
-            _, reward, terminated, *_ = self.env.step(action)
-            total += float(reward)
-            if terminated:
-                break
-        return total
+        gains = self.player.gains(samples, needed(condition))
+        return (gains / self.scale).sigmoid().to(samples)

@@ -38,7 +38,7 @@ class Behaviour:
 
     Args:
         observations: ``(N, o)`` float32, each before its step's action.
-        actions: ``(N, a)`` float32 in [-1, 1].
+        actions: ``(N, a)`` float32, scaled to [-1, 1].
         rewards: ``(N,)`` float32.
         ends: ``(N,)`` bool, an episode's last steps.
     """
@@ -105,7 +105,7 @@ def _episode(group: Any) -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=8)
 def behaviour(path: Path, env_id: str) -> Behaviour:
-    """A file's steps, actions scaled by the env's bounds unless the file is ours, which has them scaled.
+    """A file's steps, its actions scaled by the env's bounds.
 
     Raises:
         ConfigError: The file is not of this env, or not finite.
@@ -121,11 +121,12 @@ def behaviour(path: Path, env_id: str) -> Behaviour:
     observations, actions, rewards = (
         torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in (*told, arrays["rewards"])
     )
-    if path.suffix != ".npz":
-        low, high = (torch.from_numpy(x.ravel()) for x in (space[1].low, space[1].high))
-        actions = 2 * (actions - low) / (high - low) - 1
+    low, high = (torch.from_numpy(x.ravel()) for x in (space[1].low, space[1].high))
+    actions = 2 * (actions - low) / (high - low) - 1
     if not all(bool(x.isfinite().all()) for x in (observations, actions, rewards)):
         raise ConfigError(f"segments: {path} holds NaN or infinite numbers")
+    if float(actions.abs().max()) > 1.001:
+        raise ConfigError(f"segments: actions of {path} lie outside the bounds of {env_id}")
     ends = torch.from_numpy(arrays["terminals"].astype(bool) | arrays["timeouts"].astype(bool))
     return Behaviour(observations, actions.clamp(-1, 1), rewards, ends)
 
