@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from probes import Chain, euler_gain, gaussian_kl, noises
+from probes import Chain, euler_gain, gaussian_kl, noises, quick
 
 from agents.best_of_n import BestOfN
 from agents.pfm import PFM, transport_pairs, within
@@ -395,7 +395,7 @@ def make_probe(std=0.3, rows=64):
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("name", [n for n in AGENTS if n != "learned-reward"])
 def test_agents_save_and_go_on_exactly(task, name, tmp_path):
-    cls = lookup("agent", name)
+    cls = quick(name)
 
     def env():
         return make(
