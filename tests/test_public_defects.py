@@ -5,7 +5,6 @@ Most agents here are one of ours with the public code's line put back. The first
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 
 import pytest

@@ -16,7 +16,7 @@ from prefenv.registry import make_task, names
 from prefenv.tasks import TrainConfig
 from prefenv.train import measure, train_reference
 
-TASK = make_task("shapes")
+TASK = make_task("shapes:samples=256")  # measuring takes longer than these trainings
 
 
 each_task = pytest.mark.parametrize(
