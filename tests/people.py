@@ -43,7 +43,7 @@ class Person:
     def __init__(self, link, name="ann"):
         url = urlsplit(link)
         self.host, self.port, self.token, self.name = url.hostname, url.port, url.fragment, name
-        self._connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        self._connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
 
     def request(self, method, path, body=b"", **headers):
         """Status and text of any request; underscores in names of headers are hyphens, None = leave it out."""
@@ -75,7 +75,7 @@ class Person:
     def next(self):
         return self.post("next")["question"]
 
-    def wait(self, seconds=20):
+    def wait(self, seconds=60):
         """The next question, as soon as there is one."""
         until = time.monotonic() + seconds
         while (question := self.next()) is None:
@@ -157,6 +157,13 @@ class Playing:
         self.thread.join(60)
         (summary,) = self.result
         return summary
+
+
+def linger(monkeypatch):
+    """The page lingers after its end until this event is set, so that a slow machine misses nothing."""
+    seen = threading.Event()
+    monkeypatch.setattr("oracles.web.play.time", SimpleNamespace(sleep=lambda _: seen.wait(60)))
+    return seen
 
 
 def weights(agent):

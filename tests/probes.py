@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 
 import torch
 
@@ -36,10 +36,14 @@ QUICK: dict[str, tuple[dict, float | None]] = {
     "nft": ({**MATCHING, "kl_coef": 0.05}, 0.95),
     "rwr": ({"lr": 2e-3, "updates": 12}, 0.9),
     "rft": ({"lr": 2e-3, "updates": 12}, 0.9),
-    "best-of-n": ({}, 0.95),
+    "best-of-n": ({"n": 8, "lr": 5e-3, "updates": 12, "batch": 64, "width": 32}, 0.95),
     "draft": ({"lr": 5e-3, "anchor": 0.1}, 0.8),
     "sb3-ppo": ({"lr": 5e-3, "batch_size": 128}, 0.7),
     "noise": ({"lr": 1e-2, "width": 32, "batch_size": 64, "gradient_steps": 16}, 0.8),
+    "learned-reward": (
+        {"pool": 512, "effective": 128.0, "anchors": 32, "updates": 80, "lr": 4e-3},
+        0.85,
+    ),
 }
 # To whom equal judgements teach nothing at all: those that learn from differences.
 BY_DIFFERENCE = ("hil-dd", "pfm", "d3po", "ppo", "grpo", "flow-dpo", "dspo", "kto", "mapo", "nft")
@@ -73,6 +77,12 @@ def world(name, answer=right, num_envs=ROWS):
     return probe_env(answer, num_envs, differentiable=cls.requires.gradient, control=cls.control)
 
 
+def quick(name):
+    """A registered agent's class with the settings of ``QUICK`` as its defaults."""
+    cls, settings = lookup("agent", name), QUICK.get(name, ({},))[0]
+    return type(cls.__name__, (cls,), {"Config": with_defaults(cls.Config, **settings)})
+
+
 def trained(agent) -> list[torch.nn.Parameter]:
     """The parameters of what it learns: the model's, or those of whatever it has instead."""
     if agent.chain():
@@ -86,6 +96,14 @@ def probe_agent(name, answer=right, *, seed=0, quick=True, num_envs=ROWS, env=No
     cls = lookup("agent", name) if isinstance(name, str) else name
     config = replace(cls.Config(), **{**(QUICK.get(name, ({},))[0] if quick else {}), **settings})
     return cls(env or world(cls, answer, num_envs)[0], config, seed=seed)
+
+
+def with_defaults(config, **settings):
+    """A ``Config`` with other defaults."""
+    fields = [(k, config.__annotations__[k], v) for k, v in settings.items()]
+    made = make_dataclass("Config", fields, bases=(config,), frozen=True)
+    made.__doc__ = config.__doc__
+    return made
 
 
 def noises(n=2000, dim=2):

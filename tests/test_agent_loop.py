@@ -6,6 +6,7 @@ Every registered agent is tested by being registered. ``probes.QUICK`` may give 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import io
 import math
@@ -64,6 +65,12 @@ every_variant = pytest.mark.parametrize(
     VARIANTS,
     ids=lambda v: v if isinstance(v, str) else "-".join(v) or "default",
 )
+
+
+@functools.cache
+def learned(name):
+    """An agent that has learned two rounds; for tests that only look at it."""
+    return probe_agent(name).learn(2 * ROWS)
 
 
 def everything(agent):
@@ -195,8 +202,7 @@ def test_ledger_has_every_question_and_every_evaluation(name):
 @every_agent
 def test_predict_plays_the_model_in_the_env(name):
     """Stable-Baselines3's way of acting (as ``evaluate_policy`` calls it) ends in ``sample``."""
-    agent = probe_agent(name)
-    agent.learn(3 * ROWS)
+    agent = learned(name)
     observation, _ = agent.env.reset(options={"noise": noises(ROWS)})
     for _ in range(agent.env.steps if agent.control == "state" else 1):
         action, _ = agent.predict(observation, state=None, episode_start=None, deterministic=True)
@@ -207,8 +213,7 @@ def test_predict_plays_the_model_in_the_env(name):
 
 @every_agent
 def test_samples_are_a_function_of_their_noise(name):
-    agent = probe_agent(name)
-    agent.learn(2 * ROWS)
+    agent = learned(name)
     state = everything(agent)
     samples = agent.sample(noises(100))
     assert torch.equal(samples, agent.sample(noises(100))) and not samples.requires_grad
@@ -263,8 +268,7 @@ def test_going_on_after_a_save_is_as_if_nothing_had_happened(name, settings, tmp
 
 @every_agent
 def test_state_in_memory_restores_too(name):
-    agent = probe_agent(name).learn(2 * ROWS)
-    other = probe_agent(name, seed=5).learn(ROWS)
+    agent, other = learned(name), probe_agent(name, seed=5).learn(ROWS)
     other.restore(agent.state())
     assert torch.equal(agent.sample(noises()), other.sample(noises()))
 
@@ -286,7 +290,7 @@ def test_steps_of_the_envs_reference_go_on_too(tmp_path):
 
 @every_agent
 def test_a_saved_agent_is_safetensors_and_nothing_else(name, tmp_path):
-    probe_agent(name).learn(ROWS).save(tmp_path / "deep" / "agent.zip")
+    learned(name).save(tmp_path / "deep" / "agent.zip")
     with zipfile.ZipFile(tmp_path / "deep" / "agent.zip") as archive:
         assert archive.testzip() is None and archive.namelist() == ["state.safetensors"]
         data = archive.read("state.safetensors")

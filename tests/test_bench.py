@@ -212,7 +212,7 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path):
     assert lines[Job("few", "", "pfm", 0)]["try"] == 1, "the second try came back"
 
 
-def until(holds, seconds=60):
+def until(holds, seconds=200):
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

@@ -79,7 +79,11 @@ def test_an_unwritable_folder(capsys, tmp_path, quick):
     (tmp_path / "file").write_text("")
     one_line(capsys, main([*ALIGN, "--out", str(tmp_path / "file" / "x")]), "cannot write")
     out = tmp_path / "file" / "x.safetensors"
-    one_line(capsys, main(["train", "--iterations", "1", "--out", str(out)]), "cannot write")
+    one_line(
+        capsys,
+        main(["train", "--task", "shapes:samples=256", "--iterations", "1", "--out", str(out)]),
+        "cannot write",
+    )
 
 
 class Evil:
@@ -176,7 +180,8 @@ def test_help_teaches(command, capsys):
 def test_train_writes_a_checkpoint_that_loads(tmp_path, capsys):
     torch.set_num_threads(1)
     path = tmp_path / "shapes.safetensors"
-    assert main(["train", "--iterations", "3", "--out", str(path), "--json"]) == 0
+    command = ["train", "--task", "shapes:samples=256", "--iterations", "3", "--out", str(path)]
+    assert main([*command, "--json"]) == 0
     card = json.loads(capsys.readouterr().out)
     assert {"command", "seed", "seconds", "class_rate", "residual", "residual_data"} <= card.keys()
     loaded = load_checkpoint(path, make_task("shapes"))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from probes import Chain, euler_gain, gaussian_kl, noises
+from probes import Chain, euler_gain, gaussian_kl, noises, quick
 
 from agents.best_of_n import BestOfN
 from agents.pfm import PFM, transport_pairs, within
@@ -297,7 +296,7 @@ class Small(ConditionalProbe):
 @every_task
 def test_a_conditional_reference_learns_each_condition(task):
     config = TrainConfig(iterations=400, batch=128, drop=0.2)
-    task = Small(condition=task.condition, train=config, guidance=3.0)
+    task = Small(condition=task.condition, train=config, guidance=3.0, samples=256)
     trained = train_reference(task, seed=0, device="cpu", progress=False)
     field = trained.flow.field.plain()
     plain = FlowPolicy(RectifiedFlow(field))
@@ -316,9 +315,7 @@ def test_a_conditional_reference_learns_each_condition(task):
     with torch.no_grad():
         told, unsaid = field(x, t, c), field(x, t, task.condition.null(c))
         torch.testing.assert_close(trained.flow.velocity(x, t, c), unsaid + 3 * (told - unsaid))
-    assert math.isfinite(
-        measure(trained.flow, replace(task, samples=256), 4)["log_likelihood_nats"]
-    )
+    assert math.isfinite(measure(trained.flow, task, 4)["log_likelihood_nats"])
 
 
 def test_tasks_make_the_network_that_their_training_wants():
@@ -395,7 +392,7 @@ def make_probe(std=0.3, rows=64):
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("name", [n for n in AGENTS if n != "learned-reward"])
 def test_agents_save_and_go_on_exactly(task, name, tmp_path):
-    cls = lookup("agent", name)
+    cls = quick(name)
 
     def env():
         return make(

@@ -108,8 +108,8 @@ def test_sb3_check_env(spec, control):
 @pytest.mark.parametrize("act", [None, by_the_reference], ids=["any-action", "reference"])
 def test_check_vector_env(spec, control, array, act):
     check_vector_env(
-        lambda n: gym.make_vec(spec.id, num_envs=n, control=control, array=array),
-        lambda: gym.make(spec.id, control=control),
+        lambda n: gym.make_vec(spec.id, num_envs=n, control=control, array=array, steps=4),
+        lambda: gym.make(spec.id, control=control, steps=4),
         act=act,
     )
 

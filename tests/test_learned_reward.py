@@ -208,12 +208,15 @@ def test_repeated_questions_go_to_samples_asked_least():
 
 # The agent
 
-SMALL = {"pool": 512, "anchors": 32, "growth": 2, "lr": 5e-3}
+
+def small(answer=right, **settings):
+    settings = {"pool": 512, "anchors": 32, "growth": 2, "lr": 5e-3, **settings}
+    return probe_agent("learned-reward", answer, quick=False, **settings)
 
 
 @pytest.mark.parametrize(("answer", "level"), [(right, 0.95), (left, 0.05)])
 def test_one_question_of_four_samples_is_enough(answer, level):
-    agent = probe_agent("learned-reward", answer, num_envs=4, **SMALL)
+    agent = small(answer, num_envs=4)
     assert share(agent) == pytest.approx(0.5, abs=0.03)
     agent.learn(4)
     assert len({s > 0 for s in agent.shown[:, 0].tolist()}) == 2, "both kinds were shown"
@@ -226,7 +229,7 @@ def test_one_question_of_four_samples_is_enough(answer, level):
 
 
 def test_tilt_is_self_normalised_importance():
-    agent = probe_agent("learned-reward", num_envs=4, beta=0.5, **SMALL)
+    agent = small(num_envs=4, beta=0.5)
     agent.grow()
     reward = torch.randn(32, generator=rng(), dtype=F64)
     weight = agent.tilt(reward)
@@ -235,16 +238,16 @@ def test_tilt_is_self_normalised_importance():
 
 
 def test_answers_that_agree_train_nothing_again():
-    agent, seen = probe_agent("learned-reward", lambda p: right(p).round(), **SMALL), []
+    agent, seen = small(lambda p: right(p).round()), []
     agent.learn(2 * 64, callback=lambda _, m: seen.append(m))
     assert "loss" in seen[0] and seen[0]["moved"] > 0.3
     assert "loss" not in seen[1] and seen[1]["moved"] <= agent.config.tolerance
 
 
 def test_pool_is_the_same_after_a_restore():
-    one = probe_agent("learned-reward", num_envs=4, **SMALL)
+    one = small(num_envs=4)
     one.learn(4)
-    two = probe_agent("learned-reward", num_envs=4, **SMALL).restore(one.state())
+    two = small(num_envs=4).restore(one.state())
     two.prepare()
     assert torch.equal(one.pool[0], two.pool[0]) and torch.equal(one.anchors, two.anchors)
     assert one.env.ledger.nfe == two.env.ledger.nfe

@@ -249,7 +249,7 @@ def display():
     yield ":" + os.read(read, 16).decode().strip()
     os.close(read)
     server.terminate()
-    server.wait(timeout=20)
+    server.wait(timeout=60)
 
 
 def test_a_real_window(display, tmp_path):

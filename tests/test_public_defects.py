@@ -5,12 +5,12 @@ Most agents here are one of ours with the public code's line put back. The first
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from probes import with_defaults
 
 from agents.adjoint import AdjointMatching
 from agents.d3po import D3PO, preferred_pairs
@@ -23,14 +23,6 @@ from prefenv.agent import Agent, Requires
 from prefenv.kernels import Kernel, gaussian_log_prob
 from prefenv.matching import MatchingAgent, matching_error
 from prefenv.testing import ContractError, check_agent
-
-
-def with_defaults(config, **settings):
-    """A ``Config`` with other defaults."""
-    fields = [(k, config.__annotations__[k], v) for k, v in settings.items()]
-    made = dataclasses.make_dataclass("Config", fields, bases=(config,), frozen=True)
-    made.__doc__ = config.__doc__
-    return made
 
 
 class PolicyGradient(Agent):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from people import HELD, Held, Person, Playing, rounds_of, same_as_without_a_page
+from people import HELD, Held, Person, Playing, linger, rounds_of, same_as_without_a_page
 
 from prefenv.errors import ConfigError
 from prefenv.feedback import FeedbackStore, Panel, model_hash, sample_id
@@ -163,7 +163,7 @@ def test_an_answer_that_was_learned_from_before_a_restart_is_unlearned(tmp_path)
 
 
 def test_the_last_answer_can_be_taken_back_when_all_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr("oracles.web.play.LINGER", 2.0)
+    over = linger(monkeypatch)
     Held.may.set()
     playing = Playing(replace(CONFIG, agent=HELD[0]), tmp_path, rounds=1)
     ann = Person(playing.link)
@@ -171,6 +171,7 @@ def test_the_last_answer_can_be_taken_back_when_all_is_done(tmp_path, monkeypatc
     while ann.post("state")["phase"] != "done":
         time.sleep(0.01)
     ann.answer(ann.post("undo")["question"], "tie")
+    over.set()
     playing.join()
     ann.close()
     assert [j.scores for (j,) in rounds_of(tmp_path)] == [(0.5, 0.5)]

@@ -71,7 +71,7 @@ class Page:
             self.driver.switch_to.active_element.send_keys(key)
 
     def until(self, true, what):
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while not true():
             assert time.monotonic() < end, f"{what}; the page says {self.text('main')!r}"
             time.sleep(0.05)
@@ -116,7 +116,7 @@ def episode(tmp_path, monkeypatch):
 
     yield start
     for playing in started:
-        playing.thread.join(20)
+        playing.thread.join(60)
 
 
 def shown(folder):

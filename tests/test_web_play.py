@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from people import TASK, Person, Playing, samples, weights
+from people import TASK, Person, Playing, linger, samples, weights
 
 from oracles.web import WebOracle
 from oracles.web.play import Party
@@ -104,7 +104,7 @@ def test_none_will_do_teaches_no_agent(agent, tmp_path):
             thread = threading.Thread(target=lambda a=ann, c=chosen: a.answer(a.wait(60), c))
             thread.start()
             p.round()
-            thread.join(10)
+            thread.join(60)
             after = kept(p.course.agent)
             if chosen:
                 assert before != after, "an answer teaches it"
@@ -137,7 +137,7 @@ def plain(tree):
 
 
 def test_several_annotators_play_an_episode(tmp_path, monkeypatch):
-    monkeypatch.setattr("oracles.web.play.LINGER", 0.5)
+    over = linger(monkeypatch)
     episode = SimpleNamespace(config=CONFIG, folder=tmp_path)
     play = lambda config, folder, out, **settings: WebOracle.play(episode, out, **settings)  # noqa: E731
     monkeypatch.setattr("people.play", play)
@@ -152,6 +152,8 @@ def test_several_annotators_play_an_episode(tmp_path, monkeypatch):
                     person.answer(question, liked(question))
                 state = person.post("state")
                 phases.add(state["phase"])
+                if "done" in phases:
+                    over.set()
             except (OSError, HTTPException):  # it is over
                 break
         time.sleep(0.01)

@@ -189,5 +189,5 @@ def test_waiting_ends_with_the_last_answer_or_when_closed(store):
     questions.answer("ann", questions.next("ann").id, "skip")
     assert not done.wait(0.1)
     questions.answer("ann", questions.next("ann").id, [])
-    thread.join(5)
+    thread.join(60)
     assert done.is_set() and not questions.stale

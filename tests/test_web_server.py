@@ -64,7 +64,7 @@ def test_people_judge_and_the_oracle_gets_their_scores(tmp_path):
         question = ann.wait()
         assert torch.tensor(question["samples"]).shape == (3, 64, 2) and question["extent"] > 1
         ann.answer(question, answer)
-    thread.join(10)
+    thread.join(60)
     (scores,) = result
     shown = web.session.store.judgements()[0].samples[0]
     expected = torch.zeros(4, 3)
@@ -79,11 +79,11 @@ def test_people_judge_and_the_oracle_gets_their_scores(tmp_path):
 
 def test_closing_ends_the_waiting_and_keeps_the_answers(web, ann):
     thread, result = judging(web, samples(3))
-    ann.answer(ann.next(), [0])
+    ann.answer(ann.wait(), [0])
     ann.close()
     path = web.path
     web.close()
-    thread.join(5)
+    thread.join(60)
     assert isinstance(result[0], Closed)
     with FeedbackStore(path) as store:
         assert len(store.judgements()) == 1
@@ -95,13 +95,13 @@ def test_a_run_keeps_what_it_learned_from_an_answer_that_is_taken_back(tmp_path)
     thread, _ = judging(web, panels[:1])
     question = ann.wait()
     ann.answer(question, [0])
-    thread.join(5)
+    thread.join(60)
     again = ann.post("undo")
     assert again["undone"] and sorted(again["question"]["samples"]) == sorted(question["samples"])
     thread, result = judging(web, panels[1:])
     ann.answer(ann.next(), [1])
     ann.answer(ann.wait(), [1])
-    thread.join(5)
+    thread.join(60)
     assert result[0].sum() == 1
     ann.close()
     web.close()
@@ -214,13 +214,13 @@ def test_long_bodies(ann):
     assert ann.request("POST", "/api/next", big)[0] == 413
     ann.close()
     for said in (str(BODY + 1), "99999999999999999999999", "-1", "x"):
-        with socket.create_connection((ann.host, ann.port), timeout=5) as wire:
+        with socket.create_connection((ann.host, ann.port), timeout=60) as wire:
             head = (
                 f"POST /api/next HTTP/1.1\r\nHost: 127.0.0.1:{ann.port}\r\nX-Token: {ann.token}\r\n"
             )
             wire.sendall(f"{head}Content-Length: {said}\r\n\r\n".encode())
             assert wire.recv(4096).split()[1] in (b"413", b"400")
-    with socket.create_connection((ann.host, ann.port), timeout=5) as wire:  # no length said
+    with socket.create_connection((ann.host, ann.port), timeout=60) as wire:  # no length said
         wire.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         part = b"1000\r\n" + b"[" * 4096 + b"\r\n"
         wire.sendall(part * 5 + b"0\r\n\r\n")
@@ -333,7 +333,7 @@ def test_twenty_annotators_answer_a_thousand_questions_once_each(tmp_path):
         thread.start()
     assert web.session.questions.wait(panels)
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     history = web.session.store.history()
     assert len(history) == 1000 == sum(map(len, acknowledged.values()))
     assert {j.panel for j in history} == {p.id for p in panels}
