@@ -3,16 +3,16 @@
     python -m benchmarks.clouds rectified_model_ckp1.pt         about 20 minutes on one core
 
 Both start from the same network (``prefenv import-hil-dd``), show panels of four and are told which are S curves;
-a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does, one Adam step of 1e-3 a
-panel; ``learned-reward`` chooses what it asks from its own samples. Measured on 48 fixed noises: share of S
-curves, and median Chamfer distance to the nearer curve, also in units of real clouds' own. Writes
-``clouds.jsonl`` (a line a run and panel), ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
+a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does: 100 Euler steps, residuals
+at 100 times, 256 real clouds, one Adam step of 1e-3 a panel, and the toy's noises (``Toy``). ``learned-reward``
+chooses what it asks from its own samples. Measured on 48 fixed noises, twelve screens of four: share of S curves,
+and mean Chamfer distance to the nearer curve, also in units of real clouds' own. Writes ``clouds.jsonl`` (a line a
+run and panel), ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,21 +22,57 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.pages import keep
+from agents.hil_dd import HilDD
+from benchmarks.pages import keep, spread
 from oracles.s_cloud import SCloud
 from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
 from prefenv.hil_dd import TASK, read_hil_dd
-from prefenv.registry import agent_config, make_agent, make_task
-from prefenv.tasks.clouds import ROLL, S_CURVE
+from prefenv.policy import FlowPolicy, Rollout
+from prefenv.registry import make_agent, make_task
+from prefenv.tasks.clouds import ROLL, S_CURVE, scale_to_range
 
 RESULTS = Path(__file__).parent / "results"
+TOY = "benchmarks.clouds:Toy:lr=1e-3,updates=1,horizon=1.0,times={times},data_batch={data}"
 AGENTS = {
-    "hil-dd": "hil-dd:lr=1e-3,updates=1,horizon=1.0,times={times},data_batch={data}",
+    "hil-dd": TOY,
     "learned-reward": "learned-reward:pool=384,effective=32,growth=1,anchors=48,updates=80,batch=16",
 }
 PANELS = 3
+SCREENS = 12
+HEAD = ["# HIL-DD's toy on its own checkpoint, and `learned-reward` on the same", ""]
+PICTURE = "model A, and both after three informative panels, same noises"
+
+
+def screens(task: Any, n: int, size: int, generator: torch.Generator) -> Tensor:
+    """Noises of ``n`` batches of ``size`` clouds, each batch scaled to [-1, 1] as one, as the toy does.
+
+    In the task's units: ``(n * size, P, 2)``, of standard deviation near 1 for batches of four and 0.8 for 256.
+    """
+    z = torch.randn(n, size, *task.event_shape, generator=generator)
+    return scale_to_range(z, dims=3).flatten(0, 1) / task.noise
+
+
+class Toy(HilDD):
+    """``hil-dd`` with the toy's noises: each batch of them is scaled to [-1, 1] as a whole.
+
+    Screens of four thus start from a standard deviation of 0.28, and the 256 real clouds of the barrier from 0.22,
+    near the 0.23 that the network was trained from.
+    """
+
+    name = "hil-dd"
+
+    def ask(self, pending: Any = ()) -> Rollout:
+        noise = screens(self.env.task, 1, self.env.num_envs, self.generator)
+        path = torch.stack([noise, self.behaviour().sample(noise)])
+        judgement = self.env.judge(path[1], noise)
+        self.env.ledger.nfe += self.env.steps * len(noise)
+        reward, log_prob = judgement.nan_to_num(0.0), path.new_zeros(1, len(noise))
+        return Rollout(path, log_prob, judgement, reward, self.env.panel_size)
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        return screens(self.env.task, 1, len(x), self.generator)
 
 
 class Heard(SCloud):
@@ -56,9 +92,9 @@ class Args:
         seeds: How many seeds, from 0.
         first: The first seed.
         agents: Which agents.
-        steps: Equal Euler steps from noise to cloud; the toy takes 100.
-        times: Times at which hil-dd takes residuals; the toy takes 100.
-        data: Real clouds of its barrier; the toy takes 256.
+        steps: Equal Euler steps from noise to cloud.
+        times: Times at which hil-dd takes residuals.
+        data: Real clouds of its barrier.
         out: Folder of the results.
     """
 
@@ -66,37 +102,50 @@ class Args:
     seeds: int = 5
     first: int = 0
     agents: tuple[str, ...] = tuple(AGENTS)
-    steps: int = 20
-    times: int = 20
-    data: int = 64
+    steps: int = 100
+    times: int = 100
+    data: int = 256
     out: Path = RESULTS
 
 
 def measure(task: Any, samples: Tensor) -> dict[str, float]:
-    """Share of S curves, median Chamfer distance to the nearer curve, and in units of the data's own there."""
+    """Share of S curves; Chamfer distance to the nearer curve, and in units of the data's own there."""
     data, kind = task.data(64, make_generator(2, stream="clouds"))
     own = torch.stack([task.residuals(data[kind == k])[:, k].median() for k in (ROLL, S_CURVE)])
     residual, nearer = task.residuals(samples).min(1)
     return {
         "s_rate": float((nearer == S_CURVE).double().mean()),
-        "residual": float(residual.median()),
+        "residual": float(residual.mean()),
+        "rms": float(task.residuals(samples, 2).amin(1).mean().sqrt()),
         "ratio": float((residual / own[nearer]).median()),
     }
 
 
-def course(args: Args, name: str, seed: int, noise: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+def reference(task: Any, source: Path) -> Any:
+    """The published network as a flow of the task."""
+    flow = task.flow()
+    flow.field.field.load_state_dict(read_hil_dd(source))
+    return flow
+
+
+def course(args: Args, name: str, seed: int) -> tuple[list[dict[str, Any]], Tensor]:
     """One agent and seed: a row for the start and each informative panel, and its last samples."""
     task: Any = make_task(TASK)
-    flow: Any = task.flow()
-    flow.field.field.load_state_dict(read_hil_dd(args.source))
     oracle = Heard(task, "choose")
     env = FlowVectorEnv(
-        4, task=task, oracle=oracle, reference=flow, panel_size=4, steps=args.steps, device="cpu"
+        4,
+        task=task,
+        oracle=oracle,
+        reference=reference(task, args.source),
+        panel_size=4,
+        steps=args.steps,
+        device="cpu",
     )
-    config = agent_config(AGENTS[name].format(times=args.times, data=args.data))
-    agent = make_agent(name, env, config=config, seed=seed)
+    noise = screens(task, SCREENS, 4, make_generator(seed, stream="screens"))
+    agent = make_agent(AGENTS[name].format(times=args.times, data=args.data), env, seed=seed)
     samples = agent.sample(noise)
-    known = {"agent": name, "seed": seed}
+    sizes = {"steps": args.steps, "times": args.times, "data": args.data}
+    known = {"agent": name, "seed": seed, **sizes}
     rows = [{**known, "informative": 0, "panels": 0, **measure(task, samples)}]
 
     def after(agent: Any, metrics: dict[str, float]) -> bool:
@@ -120,53 +169,58 @@ def table(rows: list[dict[str, Any]], agents: tuple[str, ...]) -> list[str]:
     for name in agents:
         for k in range(PANELS + 1):
             mine = [r for r in rows if r["agent"] == name and r["informative"] == k]
-            cells = []
-            for key, digits in (("s_rate", 2), ("residual", 3), ("ratio", 2), ("panels", 0)):
-                values = [r[key] for r in mine]
-                low, middle, high = min(values), statistics.median(values), max(values)
-                cells.append(f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+            digits = {"s_rate": 2, "residual": 3, "ratio": 2, "panels": 0}
+            cells = [spread([r[key] for r in mine], d) for key, d in digits.items()]
             lines.append(f"| `{name}` | {k} | {' | '.join(cells)} |")
     return lines
 
 
+def page(rows: list[dict[str, Any]]) -> list[str]:
+    """A section for each number of steps, the most first."""
+    lines = []
+    for steps in sorted({r["steps"] for r in rows}, reverse=True):
+        mine = [r for r in rows if r["steps"] == steps]
+        agents = tuple(name for name in AGENTS if name in {r["agent"] for r in mine})
+        seeds = "; ".join(
+            f"`{n}` seeds {sorted({r['seed'] for r in mine if r['agent'] == n})}" for n in agents
+        )
+        size = f"{steps} Euler steps, residuals at {mine[0]['times']} times, {mine[0]['data']} real clouds"
+        lines += [f"## {size}", "", *table(mine, agents), "", f"Median (range): {seeds}.", ""]
+    return lines
+
+
 def main(args: Args) -> None:
-    """Run, and write the results."""
-    task: Any = make_task(TASK)
-    noise = torch.randn(48, *task.event_shape, generator=make_generator(1, stream="clouds"))
-    rows: list[dict[str, Any]] = []
-    drawn: dict[str, Tensor] = {}
+    """Run what has no row yet, and write the results."""
     args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / "clouds.jsonl"
-    log.unlink(missing_ok=True)
+    log, picture = args.out / "clouds.jsonl", args.out / "clouds.png"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    drawn: dict[str, Tensor] = {}
     seeds = range(args.first, args.first + args.seeds)
-    for seed, name in tqdm([(s, n) for s in seeds for n in args.agents], unit="run"):
-        new, samples = course(args, name, seed, noise)
+    known = {(r["agent"], r["seed"], r["steps"]) for r in rows}
+    todo = [(s, n) for s in seeds for n in args.agents if (n, s, args.steps) not in known]
+    for seed, name in tqdm(todo, unit="run"):
+        new, samples = course(args, name, seed)
         rows += new
-        drawn.setdefault(name, samples)
+        if seed == args.first:
+            drawn[name] = samples
         with log.open("a") as file:
             file.writelines(json.dumps(r) + "\n" for r in new)
-    lines = [
-        "# HIL-DD's toy on its own checkpoint, and `learned-reward` on the same",
-        "",
-        f"`python -m benchmarks.clouds rectified_model_ckp1.pt`, seeds {args.first} to {seeds[-1]}; noise of "
-        f"standard deviation {task.noise}, {args.steps} Euler steps, {args.times} times and {args.data} real "
-        "clouds in `hil-dd`'s update. Median (range) on 48 fixed noises. Settings: "
-        + "; ".join(f"`{AGENTS[n].format(times=args.times, data=args.data)}`" for n in args.agents)
-        + ".",
-        "",
-        *table(rows, args.agents),
-        "",
-        "![model A, and both after three informative panels, same noises](clouds.png)",
-    ]
-    text = keep(args.out, "clouds", lines)
-    flow: Any = task.flow()
-    flow.field.field.load_state_dict(read_hil_dd(args.source))
-    env = FlowVectorEnv(4, task=task, reference=flow, panel_size=4, steps=args.steps, device="cpu")
-    groups = [env.policy(flow).sample(noise[:12]), *(drawn[n][:12] for n in drawn)]
+    settings = "; ".join(f"`{AGENTS[n]}`" for n in AGENTS)
+    lines = [*HEAD, *page(rows), f"Settings: {settings}.", "", f"![{PICTURE}](clouds.png)"]
+    print(keep(args.out, "clouds", lines))
+    if len(drawn) == len(AGENTS):
+        draw(args, drawn).savefig(picture)
+
+
+def draw(args: Args, drawn: dict[str, Tensor]) -> Any:
+    """Model A and what the agents make of the same noises, twelve of the first seed's."""
+    task: Any = make_task(TASK)
+    flow = reference(task, args.source)
+    noise = screens(task, SCREENS, 4, make_generator(args.first, stream="screens"))[:12]
+    made = FlowPolicy(flow, steps=args.steps, shift=task.shift).sample(noise)
+    groups = [made, *(x[:12] for x in drawn.values())]
     colors = [plotting.RED, *[plotting.GREEN] * len(drawn)]
-    figure = plotting.sheet(task, [g.numpy() for g in groups], colors, ["model A", *drawn])
-    figure.savefig(args.out / "clouds.png")
-    print(text)
+    return plotting.sheet(task, [g.numpy() for g in groups], colors, ["model A", *drawn])
 
 
 if __name__ == "__main__":
