@@ -33,7 +33,7 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
     assert float(kind.double().mean()) == pytest.approx(0.2, abs=0.03)
     assert float(ring.residual(x).mean()) < 0.06
 
-    trained = train_reference(ring, TrainConfig(iterations=200, batch=256), seed=0, device="cpu")
+    trained = train_reference(ring, TrainConfig(iterations=300, batch=256), seed=0, device="cpu")
     path = tmp_path / "ring.safetensors"
     save_reference(path, trained, ring)
     assert "The ring task." in path.with_suffix(".md").read_text()
@@ -41,14 +41,15 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
 
     env = FlowVectorEnv(64, task=ring, checkpoint=str(path), panel_size=4, device="cpu")
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
-    agent = make_agent("rft:updates=20,batch=64", env, seed=0)
+    agent = make_agent("rft:updates=10,batch=64,lr=3e-4", env, seed=0)
     west = make_oracle("west", ring)
     before = agent.sample(noise)
     agent.learn(256)
     after = agent.sample(noise)
     assert float(west.score(before).mean()) < 0.4
     assert float(west.score(after).mean()) > float(west.score(before).mean()) + 0.3
-    assert float(ring.residual(after).median()) < 0.2, "still near the ring"
+    near = [float(ring.residual(x).median()) for x in (before, after)]
+    assert near[1] < near[0] + 0.1, "still near the ring"
 
     colors = [plotting.RED, plotting.GREEN]
     figure = plotting.overlays(ring, [before.numpy(), after.numpy()], colors, ["A", "B"])

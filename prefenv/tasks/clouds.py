@@ -85,7 +85,7 @@ class Clouds(Task):
     demo: Demo = field(
         default_factory=lambda: Demo(
             (
-                "hil-dd:data_batch=64,times=5",
+                "hil-dd:data_batch=64,times=5,updates=8",
                 "kto:batch=32",
                 "learned-reward:pool=512,effective=64,growth=1,anchors=48,updates=80,batch=16",
                 "ppo",
