@@ -1,13 +1,15 @@
 """HIL-DD's toy on its own published checkpoint: its update, and ours, after 1, 2 and 3 informative panels.
 
-    python -m benchmarks.clouds rectified_model_ckp1.pt         about 20 minutes on one core
+    python -m benchmarks.clouds rectified_model_ckp1.pt --seeds 2 --agents hil-dd     the toy's own settings
+    python -m benchmarks.clouds rectified_model_ckp1.pt --steps 20 --times 20 --data 128       five times coarser
 
 Both start from the same network (``prefenv import-hil-dd``), show panels of four and are told which are S curves;
-a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does: 100 Euler steps, residuals
-at 100 times, 256 real clouds, one Adam step of 1e-3 a panel, and the toy's noises (``Toy``). ``learned-reward``
-chooses what it asks from its own samples. Measured on 48 fixed noises, twelve screens of four: share of S curves,
-and mean Chamfer distance to the nearer curve, also in units of real clouds' own. Writes ``clouds.jsonl`` (a line a
-run and panel), ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
+a panel is informative if some are and some are not. ``hil-dd`` learns as the toy does: residuals at 100 times,
+256 real clouds, one Adam step of 1e-3 a panel, and the toy's noises (``Toy``). ``hil-dd, one noise`` takes noise
+of 0.28 for real clouds too, as our agent does. ``learned-reward`` chooses what it asks from its own samples.
+Measured on 48 fixed noises, twelve screens of four: share of S curves, and mean Chamfer distance to the nearer
+curve (half the sum of there and back), also in units of real clouds' own. Runs that have rows are not repeated.
+Writes ``clouds.jsonl`` (a line a run and panel), ``clouds.md`` and ``clouds.png`` to ``benchmarks/results/``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ HEAD = [
     "",
     "The same experiments with a task's own reference and oracle, by `prefenv bench --task NAME`. **One seed and "
     "a few agents:** it shows that the benchmark runs there and roughly what comes out, and compares nobody. The "
-    "agents' defaults were tuned on shapes. Score: 0 = the untouched reference, 1 = the exact optimum, and below 0 "
+    "agents' defaults were tuned on shapes. Score: 0 = the untouched reference, 1 = the exact optimum, below 0 "
     "further from it than the reference is. *Bound*: what a second sample of the optimum scores.",
 ]
 

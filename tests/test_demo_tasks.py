@@ -27,6 +27,13 @@ def test_every_tasks_demo_can_be_made(name):
     assert config.queries % config.num_envs() == 0
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_every_reference_was_made_within_fifteen_minutes_on_a_cpu(name):
+    card = load_checkpoint(None, make_task(name)).card
+    assert card["device"] == "cpu" and 0 < card["seconds"] < 900
+    assert f"prefenv train --task {name}" in card["command"]
+
+
 def test_names_are_short_where_they_can_be():
     def named(*agents):
         return labels([RunConfig(agent=a) for a in agents])
