@@ -28,7 +28,7 @@ def test_noise_of_a_batch_has_the_scale_that_the_toys_code_gives(size, std):
     batches = z.unflatten(0, (-1, size)).flatten(1)
     torch.testing.assert_close(batches.amin(1), -torch.ones(len(batches)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(batches.amax(1), torch.ones(len(batches)), rtol=1e-5, atol=1e-5)
-    assert float(batches.std(1).mean()) == pytest.approx(std, abs=0.008)
+    assert float(batches.std(1).mean()) == pytest.approx(std, abs=0.012)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def ring(tmp_path, monkeypatch):
     ):
         module = load(file, tmp_path, monkeypatch)
         monkeypatch.setitem(table, name, f"{module.__name__}:{cls}")
-    return make_task("ring:samples=512")
+    return make_task("ring:samples=256")
 
 
 def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
@@ -33,18 +33,18 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
     assert float(kind.double().mean()) == pytest.approx(0.2, abs=0.03)
     assert float(ring.residual(x).mean()) < 0.06
 
-    trained = train_reference(ring, TrainConfig(iterations=300, batch=256), seed=0, device="cpu")
+    trained = train_reference(ring, TrainConfig(iterations=200, batch=128), seed=0, device="cpu")
     path = tmp_path / "ring.safetensors"
     save_reference(path, trained, ring)
     assert "The ring task." in path.with_suffix(".md").read_text()
     assert load_checkpoint(path, ring).card["class_rate"].keys() == {"east", "west"}
 
     env = FlowVectorEnv(64, task=ring, checkpoint=str(path), panel_size=4, device="cpu")
-    noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(1))
     agent = make_agent("rft:updates=10,batch=64,lr=3e-4", env, seed=0)
     west = make_oracle("west", ring)
     before = agent.sample(noise)
-    agent.learn(256)
+    agent.learn(192)
     after = agent.sample(noise)
     assert float(west.score(before).mean()) < 0.4
     assert float(west.score(after).mean()) > float(west.score(before).mean()) + 0.3
@@ -53,4 +53,4 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
 
     colors = [plotting.RED, plotting.GREEN]
     figure = plotting.overlays(ring, [before.numpy(), after.numpy()], colors, ["A", "B"])
-    assert [len(a.collections[0].get_offsets()) for a in figure.axes] == [1000, 1000]
+    assert [len(a.collections[0].get_offsets()) for a in figure.axes] == [400, 400]
