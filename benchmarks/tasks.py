@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import keep, spread
-from benchmarks.report_rows import finished
+from benchmarks.report_rows import finished, trouble
 
 FOLDER = Path(__file__).parent / "results" / "tasks"
 HEAD = [
@@ -26,6 +26,13 @@ HEAD = [
 ]
 
 
+def told(values: list[float], digits: int) -> str:
+    """A number; of several, median and range; of none, that there is none."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "none"
+    return spread(values, digits)
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A Markdown line an agent, best first, below a line for the reference."""
     lines = [
@@ -35,20 +42,20 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     agents = {r["agent"]: [x for x in rows if x["agent"] == r["agent"]] for r in rows}
     for name, mine in sorted(agents.items(), key=lambda x: -x[1][0].get("score", -9e9)):
         if not all(map(finished, mine)):
-            told = mine[0].get("refused") or mine[0].get("error")
-            lines.append(f"| `{name}` | refused: {told} |" + "  |" * 6)
+            lines.append(f"| `{name}` | {trouble(mine[0])} |" + "  |" * 6)
             continue
         ratio = [r["residual"] / r["reference_residual"] for r in mine]
         kl = [r["kl_nats"] for r in mine if r["kl_nats"] is not None]
-        cells = [
-            spread([r["score"] for r in mine], 2),
-            spread([r["optimum_score"] for r in mine], 2),
-            spread([r["preferred_rate"] for r in mine], 3),
-            spread(ratio, 2),
-            spread(kl, 1) if kl else "none",
-            spread([r["cpu_seconds"] for r in mine], 0),
-            str(len(mine)),
+        columns = [
+            ([r["score"] for r in mine], 2),
+            ([r["optimum_score"] for r in mine], 2),
+            ([r["preferred_rate"] for r in mine], 3),
+            (ratio, 2),
+            (kl, 1),
+            ([r["cpu_seconds"] for r in mine], 0),
         ]
+        cells = [told(values, digits) for values, digits in columns]
+        cells.append(str(len(mine)))
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 

@@ -66,8 +66,9 @@ def small(name):
     task = make_task(name)
     flow = load_checkpoint(None, task).flow
     # Of all oracles of digits jpeg moves the reference furthest, so that few samples tell.
-    oracle, beta = ("jpeg", 0.3) if name == "digits" else (task.default_oracle, None)
-    return Judge(flow, task, make_oracle(oracle, task), n_reference=2000, n=500, steps=4, beta=beta)
+    oracle = make_oracle("jpeg" if name == "digits" else task.default_oracle, task)
+    steps = 2 if name == "digits" else 4
+    return Judge(flow, task, oracle, n_reference=2000, n=500, steps=steps)
 
 
 AGENT = "rft:updates=1,batch=8"

@@ -63,7 +63,7 @@ def test_a_sheet_of_digits_says_which_was_asked_for():
     task = make_task("digits")
     flow = load_checkpoint(None, task).flow
     oracle = make_oracle("jpeg", task)
-    judge = Judge(flow, task, oracle, steps=2, n_reference=2000, n=500, beta=0.3)
+    judge = Judge(flow, task, oracle, steps=2, n_reference=2000, n=500)
     figure = shapes_figure(judge, {"same": FlowPolicy(flow, steps=2, shift=task.shift)})
     heads = [t for t in figure.texts if t.get_color() == plotting.GREY]
     assert [t.get_text() for t in heads] == list("0123456789")
