@@ -61,7 +61,7 @@ are stratified; its `int(100 t)` falls one short at 2 of 100 sampling and 11 of 
 chosen if it is a clean one (the `s-cloud` oracle); a panel of four S curves teaches nothing.
 
 **Side by side** (the second table): with a fifth of the steps and times `hil-dd` takes the same course within what
-seeds differ by, at a fifth of the cost, so that more seeds and `learned-reward` could be run. `learned-reward` makes
+seeds differ by, at a fifth of the cost, so that `learned-reward` could be run beside it. `learned-reward` makes
 more S curves after one informative panel than `hil-dd` after three, at about the same residual. It chooses its
 panels from 192 samples of its own, which is what it costs: network evaluations, not questions.
 
