@@ -56,9 +56,10 @@ second seed), in a normalisation that was not noted.
 
 **Ours at the toy's settings** (the first table) takes the same course: the first panel brings 0.27 and 0.33, the
 third 0.65 and 0.81 where the original had 0.65 and 0.48, and the residual doubles. Two seeds on either side cannot
-tell whether the third panel differs; ours may be the faster there. What still differs from the toy's code: random draws; times of the flow loss
-are stratified; its `int(100 t)` falls one short at 2 of 100 sampling and 11 of 100 learning times; an S curve is
-chosen if it is a clean one (the `s-cloud` oracle); a panel of four S curves teaches nothing.
+tell whether the third panel differs; ours may be the faster there. What still differs from the toy's code: random
+draws; times of the flow loss are stratified; its `int(100 t)` falls one short at 2 of 100 sampling and 11 of 100
+learning times; an S curve is chosen if it is a clean one (the `s-cloud` oracle); a panel of four S curves teaches
+nothing.
 
 **Side by side** (the second table): with a fifth of the steps and times `hil-dd` takes the same course within what
 seeds differ by, at a fifth of the cost, so that `learned-reward` could be run beside it. `learned-reward` makes
@@ -68,8 +69,9 @@ panels from 192 samples of its own, which is what it costs: network evaluations,
 **Why an earlier version of this page was faster** (0.46, 0.79, 0.96 over five seeds): most likely because it took
 noise of standard deviation 0.28 for the real clouds of the barrier too. The toy scales each batch of noise to
 [-1, 1], which leaves 0.28 for a screen of four and 0.22 for 256 real clouds. At 0.28 the network makes one S curve
-in ten while half of the real clouds are S curves, so that the flow loss itself brings S curves. `hil-dd, one noise`
-below is that version on one seed (0.33, 0.67, 0.83, where the toy's noises gave 0.29, 0.40, 0.29): a hint, no proof.
+in ten while half of the real clouds are S curves, so that the flow loss itself brings S curves. `hil-dd, one
+noise` below is that version on one seed (0.33, 0.67, 0.83, where the toy's noises gave 0.29, 0.40, 0.29): a hint,
+no proof.
 It also measured at plain noise of 0.28, not at screens (0.29 on average), and had 64 real clouds.
 """
 PICTURE = "model A, and both after three informative panels, same noises"
