@@ -108,7 +108,7 @@ class HilDD(Agent):
         for _ in range(cfg.updates):
             data, kind = self.env.task.data(cfg.data_batch, self.data_generator)
             data, kind = data.to(self.device), None if asked is None else kind.to(self.device)
-            x0 = torch.randn(data.shape, generator=self.generator, device=self.device)
+            x0 = self.noise_like(data)
             t = stratified_uniform(len(data), self.generator)
             f = cfg.data_weight * self.model.residual(x0, data, t, kind).mean()
             d = self.residuals(noise, sample, asked).view_as(label)
@@ -116,6 +116,10 @@ class HilDD(Agent):
             metrics = self.step(f, g.mean())
             self.env.ledger.nfe += len(data) + cfg.times * len(noise)
         return {"informative": float(informative.sum()), **metrics}
+
+    def noise_like(self, x: Tensor) -> Tensor:
+        """The noises that real samples ``x`` are matched from."""
+        return torch.randn(x.shape, generator=self.generator, device=self.device)
 
     def residuals(self, noise: Tensor, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         """``d_k`` of each pair, ``(n,)``: the flow residual averaged over the times below the horizon."""

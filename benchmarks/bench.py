@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from benchmarks.engines import ENGINES
-from benchmarks.experiments import NAMES, load, question
+from benchmarks.experiments import NAMES, load, on_task, question
 from benchmarks.jobs import Job, jobs, judge_of, work
 from prefenv.checkpoints import write_atomic
 from prefenv.cli_bench import Bench
@@ -54,7 +54,8 @@ def bench(args: Bench) -> int:
     for line in results.lines():
         if "error" in line:
             print(f"failed: {line['experiment']} {line['name']}: {line['error']}")
-    print(f"next: prefenv report --results {args.out}")
+    task = f" --task {args.task}" if args.task else ""
+    print(f"next: prefenv report --results {args.out}{task}")
     return 0
 
 
@@ -62,12 +63,16 @@ def jobs_of(args: Bench) -> Iterator[Job]:
     """All runs that are asked for.
 
     Raises:
-        UnknownNameError: An agent or an experiment that is not known.
+        UnknownNameError: An agent, an experiment or a task that is not known.
+        ConfigError: An experiment that cannot be run on the task.
     """
     agents = args.agents or tuple(names("agent"))
     for agent in agents:
         agent_config(agent)
-    chosen = args.experiments or (QUICK if args.suite == "quick" else NAMES)
+    usual = QUICK if args.suite == "quick" else NAMES
+    chosen = [on_task(name, args.task) for name in args.experiments or usual]
+    for name in chosen:
+        load(name)
     seeds = args.seeds or (3 if args.suite == "quick" else None)
     return jobs(chosen, agents, seeds, args.first_seed)
 

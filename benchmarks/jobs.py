@@ -17,10 +17,11 @@ from benchmarks.experiments import load
 from prefenv.agent import Agent
 from prefenv.checkpoints import write_atomic
 from prefenv.errors import ConfigError
-from prefenv.evaluation import Judge
-from prefenv.oracle import ScriptedOracle
+from prefenv.evaluation import Judge, made
+from prefenv.oracle import ScriptedOracle, scored
 from prefenv.registry import make_agent, make_oracle
 from prefenv.runs import RunConfig, align, versions
+from prefenv.tasks.conditions import rows_of
 
 LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the budget: where the curve is taken
 KEPT = (
@@ -136,6 +137,13 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
         return {**job.head(), "error": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
+def few(judge: Judge, n: int = 512) -> torch.Tensor:
+    """Indices of about ``n`` of the judge's noises, as many of each condition."""
+    count = 1 if judge.conditions is None else len(judge.conditions)
+    rows = torch.arange(len(judge.noise))
+    return rows[rows % (len(rows) // count) < n // count]
+
+
 def _measure(job: Job, folder: Path) -> dict[str, Any]:
     """Run, or read what was run, and look at the model on the way."""
     config, judge = job.config, judge_of(job.experiment, job.variant)
@@ -145,6 +153,8 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
     spent = float(curve[-1][1] or 0.0) if curve else 0.0
     began, looking = time.process_time(), 0.0
     marks = [config.queries * share for share in LOOKS]
+    rows = few(judge)
+    asked = rows_of(judge.asked(judge.noise_label), rows)
 
     def look(agent: Agent, _: dict[str, float]) -> None:
         nonlocal looking
@@ -154,13 +164,13 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
             return
         start = time.process_time()
         cpu = spent + start - began - looking
-        samples = agent.sample(judge.noise[:512]).cpu()
+        samples = made(agent, judge.noise[rows], asked).cpu()
         told: float | None = None
         if not isinstance(proxy, ScriptedOracle):
             with torch.no_grad():
                 told = float(proxy.judge(samples[:, None]).mean())
-        reward = float(judge.oracle.score(samples).double().mean())
-        curve.append([queries, cpu, judge.score(samples), reward, told])
+        reward = float(scored(judge.oracle, samples, asked).double().mean())
+        curve.append([queries, cpu, judge.score(samples, rows), reward, told])
         write_atomic(notes, json.dumps(curve).encode())
         looking += time.process_time() - start
 

@@ -61,29 +61,32 @@ def readme_lines(bench: Bench) -> tuple[list[str], str]:
     return [*picture, *table_lines(score_table(bench, value))], note
 
 
-def known_experiments() -> dict[str, Described]:
-    """The experiments by name, in their order."""
+def known_experiments(task: str | None = None) -> dict[str, Described]:
+    """The experiments by name, in their order, as they are called on a task."""
     home = importlib.import_module("benchmarks.experiments")
-    return {n: Described(home.question(n), tuple(home.load(n).variants)) for n in home.NAMES}
+    return {
+        home.on_task(n, task): Described(home.question(n), tuple(home.load(n).variants))
+        for n in home.NAMES
+    }
 
 
-def load(folder: Path) -> tuple[Bench, dict[str, Any]]:
-    """Rows and frontiers of a folder of results.
+def load(folder: Path, task: str | None = None) -> tuple[Bench, dict[str, Any]]:
+    """Rows and frontiers of a folder of results: those on one task, None = the experiments as they stand.
 
     Raises:
-        RunError: There are no rows, or a file cannot be read.
+        RunError: There are no such rows, or a file cannot be read.
     """
     path = folder / "frontier.json"
     try:
         frontiers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
         raise RunError(f"{path}: this is not JSON") from None
-    return bench(read(folder), known_experiments()), frontiers
+    return bench(read(folder, task), known_experiments(task)), frontiers
 
 
-def write(results: Path, out: Path) -> dict[str, Any]:
+def write(results: Path, out: Path, task: str | None = None) -> dict[str, Any]:
     """Read the rows in ``results`` and write the report to ``out``; the scores and the names of the files."""
-    found, frontiers = load(results)
+    found, frontiers = load(results, task)
     sections = [*overview(found), *details(found, frontiers), *appendix(found)]
     writable(out)
     files = {"report.md": markdown(TITLE, sections), "report.html": page(TITLE, sections)}

@@ -32,8 +32,12 @@ class Described:
     variants: tuple[str, ...]
 
 
-def read(folder: Path) -> list[Row]:
-    """All rows of ``folder/*.jsonl``; of two rows of one run the later counts.
+def read(folder: Path, task: str | None = None) -> list[Row]:
+    """The rows of ``folder/*.jsonl`` on one task; of two rows of one run the later counts.
+
+    Args:
+        folder: Where they are.
+        task: Rows of ``EXPERIMENT@TASK``; None = those of the experiments as they stand. They never mix.
 
     Raises:
         RunError: There is no row, or a line is none.
@@ -46,9 +50,13 @@ def read(folder: Path) -> list[Row]:
                 rows[row["experiment"], row["variant"], row["agent"], row["seed"]] = row
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{path}, line {number}: this is not the row of a run") from None
-    if not rows:
-        raise RunError(f"{folder}: no results in there; prefenv bench makes some")
-    return list(rows.values())
+    found = [r for r in rows.values() if r["experiment"].partition("@")[2] == (task or "")]
+    if not found:
+        others = sorted({r["experiment"].partition("@")[2] for r in rows.values()} - {""})
+        told = f" (there are some of --task {', '.join(others)})" if others else ""
+        option = f" --task {task}" if task else ""
+        raise RunError(f"{folder}: no results in there{told}; prefenv bench{option} makes some")
+    return found
 
 
 def finite(value: float | None) -> bool:

@@ -5,12 +5,12 @@ Importing it registers the environments (``gym.make("prefenv/Shapes-v0")``, ``gy
 
 import gymnasium as gym
 
-from prefenv.registry import TASKS, make_agent, make_oracle, make_task
+from prefenv.registry import make_agent, make_oracle, make_task, names
 
 __version__ = "0.1.0"
 __all__ = ["make_agent", "make_oracle", "make_task"]
 
-for _task in TASKS:
+for _task in names("task"):
     gym.register(
         id=f"prefenv/{_task.capitalize()}-v0",
         entry_point="prefenv.envs:FlowEnv",

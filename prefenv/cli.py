@@ -69,10 +69,10 @@ class Demo:
 
     Args:
         out: Folder of the table, the figures and the runs; finished runs in it are not repeated.
-        agents: Which agents.
+        agents: Which agents; default: four that the task names.
         task: Task, by name.
         oracle: Oracle, by name; None = the task's own.
-        queries: Budget of each agent: samples that the oracle judges.
+        queries: Budget of each agent: samples that the oracle judges; None = as the task says (shapes: 4,096).
         panel_size: Samples shown together.
         seed: Seed of everything random.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -81,10 +81,10 @@ class Demo:
     """
 
     out: Path = Path("runs/demo")
-    agents: tuple[str, ...] = ("hil-dd", "pfm", "d3po", "ppo")
+    agents: tuple[str, ...] = ()
     task: str = "shapes"
     oracle: str | None = None
-    queries: int = 4096
+    queries: int | None = None
     panel_size: int = 4
     seed: int = 0
     device: str = "auto"
@@ -95,17 +95,20 @@ class Demo:
         """Run it."""
         from prefenv.demo import demo
 
-        for name in self.agents:
+        task = make_task(self.task)
+        agents = self.agents or task.demo.agents
+        for name in agents:
             lookup("agent", parse(name)[0])
         config = RunConfig(
-            oracle=self.oracle or make_task(self.task).default_oracle,
+            oracle=self.oracle or task.default_oracle,
             task=self.task,
-            queries=self.queries,
+            queries=self.queries or task.demo.queries,
+            rows=task.demo.rows if self.queries is None else None,
             panel_size=self.panel_size,
             seed=self.seed,
             device=self.device,
         )
-        text, summaries = demo(self.out, self.agents, config, workers=self.workers)
+        text, summaries = demo(self.out, agents, config, workers=self.workers)
         if self.json:
             print(json.dumps({"runs": summaries}))
         else:

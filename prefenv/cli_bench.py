@@ -22,6 +22,8 @@ class Bench:
         suite: ``quick`` = basic, few and pairs with 3 seeds; ``full`` = everything with its own number of seeds.
         agents: Which, by name or ``module:Class``, settings may follow; default: all that are known.
         experiments: Which; default: the suite's.
+        task: Run them on this task, with its reference and oracle (basic, few, pairs, mistakes, noisy, coarse);
+            rows go to files of their own, basic@TASK.jsonl.
         seeds: How many seeds each; default: the suite's.
         first_seed: The first of them.
         engine: ``local`` = processes of this machine; ``ray`` = a Ray cluster (pip install 'prefenv[ray]';
@@ -36,6 +38,7 @@ class Bench:
     suite: Literal["quick", "full"] = "quick"
     agents: tuple[str, ...] = ()
     experiments: tuple[str, ...] = ()
+    task: str | None = None
     seeds: int | None = None
     first_seed: int = 0
     engine: Literal["local", "ray"] = "local"
@@ -59,18 +62,22 @@ class Report:
 
     Args:
         results: Folder of the rows, a .jsonl file for each experiment.
-        out: Folder of the report; default: report/ in that of the rows.
+        task: Report what was run with --task TASK; default: the experiments as they stand.
+        out: Folder of the report; default: report/ or report@TASK/ in that of the rows.
         json: Print the scores as one JSON object, and nothing else, on stdout.
     """
 
     results: Path = Path("runs/bench")
+    task: str | None = None
     out: Path | None = None
     json: bool = False
 
     def run(self) -> int:
         """Make it."""
         # By name, and late: the statistics and figures take a second that other commands need not wait.
-        folder = self.out or self.results / "report"
-        written = importlib.import_module("benchmarks.report").write(self.results, folder)
+        folder = self.out or self.results / (f"report@{self.task}" if self.task else "report")
+        written = importlib.import_module("benchmarks.report").write(
+            self.results, folder, self.task
+        )
         print(json.dumps(written) if self.json else f"written to {folder / 'report.html'}")
         return 0

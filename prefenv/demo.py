@@ -1,4 +1,4 @@
-"""The demonstration: all four agents at one budget, one table, two figures."""
+"""The demonstration: four agents at one budget, one table, two figures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from prefenv import plotting
 from prefenv.evaluation import Judge
+from prefenv.figures import frontier_figure, shapes_figure
 from prefenv.packing import unpack
-from prefenv.registry import make_agent
-from prefenv.runs import RunConfig, align, shapes_figure
+from prefenv.registry import make_agent, parse
+from prefenv.runs import RunConfig, align
 
 _COLUMNS = {
     "agent": ("agent", "{}"),
@@ -46,6 +45,12 @@ def _work(config: RunConfig, folder: Path) -> dict[str, Any]:
     return align(config, folder, judge=_judge)
 
 
+def labels(configs: list[RunConfig]) -> list[str]:
+    """What the runs are called: the agents' names, with their settings only where two share a name."""
+    names = [parse(c.agent)[0] for c in configs]
+    return [c.agent if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
+
+
 def compare(
     configs: Iterable[RunConfig],
     folder: Path,
@@ -58,7 +63,7 @@ def compare(
 
     Args:
         configs: One run each.
-        folder: Where their directories go, one per agent name.
+        folder: Where their directories go, named as ``labels`` says.
         judge: What scores them all.
         progress: Show a bar on stderr.
         workers: Processes; None = one per core, no more than runs.
@@ -70,12 +75,16 @@ def compare(
     bar = tqdm(total=len(configs), desc="agents", unit="run", disable=None if progress else True)
     with bar, ProcessPoolExecutor(count, context, _start, (judge,)) as pool:
         # The longest first, so that the last worker is not left with it.
-        futures = {pool.submit(_work, c, folder / c.agent): i for i, c in enumerate(configs)}
+        names = labels(configs)
+        futures = {
+            pool.submit(_work, config, folder / name): i
+            for i, (config, name) in enumerate(zip(configs, names, strict=True))
+        }
         try:
             for future in as_completed(futures):
                 results[futures[future]] = future.result()
                 bar.update()
-                bar.set_postfix_str(configs[futures[future]].agent)
+                bar.set_postfix_str(names[futures[future]])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -123,39 +132,6 @@ def table(summaries: list[dict[str, Any]], judge: Judge) -> str:
     return "\n".join(lines)
 
 
-def frontier_figure(summaries: list[dict[str, Any]], judge: Judge) -> Figure:
-    """Mean reward against KL to the reference, with the frontier that no agent can pass."""
-    with plotting.style():
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        reward, kl, _ = judge.frontier_curve()
-        seen = kl > 1e-3
-        axes.plot(kl[seen], reward[seen], color=plotting.BLUE, label="frontier (exact)")
-        axes.fill_between(kl[seen], reward[seen], 1.05, color=plotting.BLUE, alpha=0.07, lw=0)
-        axes.axhline(
-            float(judge.rewards.mean()), color=plotting.RED, lw=1, ls=":", label="reference"
-        )
-        axes.scatter(
-            judge.optimum_kl, judge.optimum_reward, marker="*", s=130, color=plotting.BLUE, zorder=3,
-            label=f"optimum, beta {judge.beta}",
-        )  # fmt: skip
-        for entry in summaries:
-            if entry["kl_nats"] is None:
-                continue
-            x, error = entry["kl_nats"], 2 * entry["kl_stderr"]
-            axes.errorbar(x, entry["reward"], xerr=error, fmt="o", color=plotting.GREEN, ms=5)
-            axes.annotate(
-                entry["agent"], (x, entry["reward"]), textcoords="offset points", xytext=(6, 5),
-                color=plotting.GREEN,
-            )  # fmt: skip
-        axes.set(
-            xscale="log", ylim=(0, 1.05), xlabel="KL(B || A) in nats", ylabel="mean reward",
-            title="Reward against distance from the reference",
-        )  # fmt: skip
-        axes.legend(loc="center right")
-    return figure
-
-
 def demo(
     folder: Path,
     agents: Iterable[str],
@@ -172,12 +148,14 @@ def demo(
     configs = [dataclasses.replace(config, agent=name) for name in agents]
     judge = configs[0].judge()
     summaries = compare(configs, folder, judge, progress=progress, workers=workers)
+    names = labels(configs)
+    summaries = [{**s, "agent": name} for s, name in zip(summaries, names, strict=True)]
     text = table(summaries, judge)
     (folder / "table.md").write_text(text + "\n")
     models = {}
-    for c in configs:
-        agent = make_agent(c.agent, c.make_env(), seed=c.seed)
-        models[c.agent] = agent.restore(unpack(folder / c.agent / "model.safetensors"))
+    for config, name in zip(configs, names, strict=True):
+        agent = make_agent(config.agent, config.make_env(), seed=config.seed)
+        models[name] = agent.restore(unpack(folder / name / "model.safetensors"))
     shapes_figure(judge, models).savefig(folder / "shapes.png")
     frontier_figure(summaries, judge).savefig(folder / "frontier.png")
     return text, summaries

@@ -243,9 +243,9 @@ class Judge:
         each = [float(torch.pdist(self.task.embed(group[:2048])).mean()) for group in groups]
         return sum(each) / len(each) if each else 0.0
 
-    def score(self, samples: Tensor) -> float:
-        """``1 - D(samples, p*) / D(A, p*)`` of samples made of ``noise``, in its order."""
-        return 1 - self._distance(samples, self.noise_label) / self.distance
+    def score(self, samples: Tensor, rows: Any = slice(None)) -> float:
+        """``1 - D(samples, p*) / D(A, p*)`` of samples made of ``noise[rows]``, in its order."""
+        return 1 - self._distance(samples, rows_of(self.noise_label, rows)) / self.distance
 
     def shown(self, n: int) -> tuple[Tensor, Tensor | None]:
         """A few noises to draw samples of, and their conditions: each in turn."""

@@ -42,22 +42,32 @@ def sheet(
     colors: Sequence[str],
     labels: Sequence[str] | None = None,
     size: float = 0.85,
+    heads: Sequence[str] = (),
 ) -> Figure:
-    """A contact sheet: one row of samples for each of ``rows`` ``(n, *event_shape)``, in its colour."""
+    """A contact sheet: one row of samples for each of ``rows`` ``(n, *event_shape)``, in its colour.
+
+    ``labels`` name the rows, ``heads`` the columns.
+    """
     columns = max(len(r) for r in rows)
     margin = max(1.0, 0.085 * max(map(len, labels))) if labels else 0.0
-    figure = Figure(figsize=(margin + size * columns, size * len(rows)))
+    head = 0.3 if heads else 0.0
+    high = head + size * len(rows)
+    figure = Figure(figsize=(margin + size * columns, high))
     figure.set_layout_engine("none")
     width, left = size * columns / (margin + size * columns), margin / (margin + size * columns)
+    line = size / high
+    for j, name in enumerate(heads):
+        x, y = left + width * (j + 0.5) / columns, 1 - head / high / 2
+        figure.text(x, y, name, ha="center", va="center", color=GREY, fontsize=10)
     for i, (row, color) in enumerate(zip(rows, colors, strict=True)):
-        bottom = 1 - (i + 1) / len(rows)
+        bottom = line * (len(rows) - i - 1)
         for j, sample in enumerate(row):
-            box = (left + width * j / columns, bottom, width / columns, 1 / len(rows))
+            box = (left + width * j / columns, bottom, width / columns, line)
             axes = figure.add_axes(box)
             axes.set_axis_off()
             task.draw(axes, sample, color)
         if labels:
-            y = bottom + 0.5 / len(rows)
+            y = bottom + line / 2
             figure.text(left * 0.9, y, labels[i], ha="right", va="center", color=color, fontsize=10)
     return figure
 

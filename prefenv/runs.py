@@ -21,17 +21,16 @@ from typing import Any
 
 import gymnasium as gym
 
-from prefenv import plotting
 from prefenv.agent import Agent
 from prefenv.checkpoints import load_checkpoint, write_atomic
 from prefenv.device import resolve_device
 from prefenv.errors import ConfigError, RunError
-from prefenv.evaluation import Judge, made
+from prefenv.evaluation import Judge
 from prefenv.feedback.files import read_feedback
+from prefenv.figures import shapes_figure
 from prefenv.offline import read_shape, rounds, study
 from prefenv.oracle import ScriptedOracle
 from prefenv.packing import pack, unpack
-from prefenv.policy import FlowPolicy
 from prefenv.registry import (
     agent_config,
     lookup,
@@ -236,16 +235,6 @@ def align(
         file.unlink(missing_ok=True)
     env.close()
     return summary
-
-
-def shapes_figure(judge: Judge, models: dict[str, Any], n: int = 12) -> Any:
-    """The reference's samples (red) and each model's from the same noises (green)."""
-    noise, asked = judge.shown(len(judge.noise) if judge.task.overlay else n)
-    reference = FlowPolicy(judge.reference, steps=judge.steps, shift=judge.task.shift)
-    rows = [made(m, noise, asked).cpu().numpy() for m in (reference, *models.values())]
-    colors = [plotting.RED, *[plotting.GREEN] * len(models)]
-    draw = plotting.overlays if judge.task.overlay else plotting.sheet
-    return draw(judge.task, rows, colors, ["reference", *models])
 
 
 def writable(folder: Path) -> None:

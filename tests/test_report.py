@@ -394,7 +394,7 @@ def results(tmp_path_factory):
 def test_the_command_writes_one_page_that_needs_nothing_else(
     results, found, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(report, "known_experiments", lambda: experiments(NAMES))
+    monkeypatch.setattr(report, "known_experiments", lambda _: experiments(NAMES))
     readme = (ROOT / "README.md").read_bytes()
     assert main(["report", "--results", str(results), "--out", str(tmp_path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -444,7 +444,7 @@ def test_own_results_go_to_the_readme(tmp_path, monkeypatch):
     results, found = tmp_path / "rows", report_rows.bench(few, experiments(NAMES))
     results.mkdir()
     (results / "all.jsonl").write_text("".join(json.dumps(r) + "\n" for r in few))
-    monkeypatch.setattr(report, "known_experiments", lambda: experiments(NAMES))
+    monkeypatch.setattr(report, "known_experiments", lambda _: experiments(NAMES))
     monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\nstale\n<!-- /bench -->\nafter\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_agents, clouds, few_answers, gaussians, pool, tune
+from benchmarks import all_agents, clouds, few_answers, gaussians, pool, tasks, tune
 from prefenv.registry import agent_config, lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,10 +85,21 @@ def test_gaussians_page_says_what_the_results_say():
 
 def test_clouds_page_says_what_the_results_say():
     lines, found = (RESULTS / "clouds.md").read_text().splitlines(), rows("clouds.jsonl")
-    assert {r["agent"] for r in found} == set(clouds.AGENTS) and {r["seed"] for r in found} == set(
-        range(5)
-    )
-    for line in clouds.table(found, tuple(clouds.AGENTS)):
+    assert {r["agent"] for r in found} == set(clouds.AGENTS)
+    for line in clouds.page(found):
+        assert line in lines
+    for name in ("hil-dd", "learned-reward"):
+        seeds = {r["seed"] for r in found if r["agent"] == name and r["steps"] == 20}
+        assert seeds >= {0, 1, 2}, name
+
+
+def test_page_of_other_tasks_says_what_the_results_say():
+    folder = RESULTS / "tasks"
+    lines = (folder / "tasks.md").read_text().splitlines()
+    found = [row for path in folder.glob("*.jsonl") for row in rows(f"tasks/{path.name}")]
+    assert {r["experiment"].split("@")[0] for r in found} == {"basic", "pairs"}
+    assert not [r for r in found if "error" in r]
+    for line in tasks.page(found):
         assert line in lines
 
 

@@ -44,6 +44,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Demo:
+    """What ``prefenv demo`` shows of a task.
+
+    Args:
+        agents: Agents, by name; settings may follow.
+        queries: Budget of each: samples that the oracle judges.
+        rows: Samples of one round; None = the budget in about 32 rounds. Fewer rounds cost less.
+    """
+
+    agents: tuple[str, ...] = ("hil-dd", "pfm", "d3po", "ppo")
+    queries: int = 4096
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """Base of all tasks; a subclass is one file in ``prefenv/tasks`` and one line in the registry.
 
@@ -59,6 +74,7 @@ class Task:
         train: How the reference is trained.
         condition: What samples are conditioned on, ``Classes(n)`` or ``Vector(dim)``; None = nothing.
         guidance: Weight ``w`` of classifier-free guidance, where the training drops conditions; 1 = none.
+        demo: What ``prefenv demo`` shows of it.
     """
 
     name: str
@@ -72,6 +88,7 @@ class Task:
     train: TrainConfig = field(default_factory=TrainConfig)
     condition: Condition | None = None
     guidance: float = 1.0
+    demo: Demo = field(default_factory=Demo)
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from prefenv.flow import RectifiedFlow
 from prefenv.networks import VelocityField
 from prefenv.point_clouds import chamfer
 from prefenv.set_networks import HilDDVelocity, Rescaled, RescaledFlow, SetVelocity
-from prefenv.tasks.base import Task, TrainConfig
+from prefenv.tasks.base import Demo, Task, TrainConfig
 
 ROLL, S_CURVE = 0, 1
 # Half of the mean range of a noisy cloud's 800 numbers, and their mean middle, before it is scaled.
@@ -81,6 +81,18 @@ class Clouds(Task):
     samples: int = 768
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(iterations=2500, batch=32, early=2.0)
+    )
+    demo: Demo = field(
+        default_factory=lambda: Demo(
+            (
+                "hil-dd:data_batch=64,times=5,updates=8",
+                "kto:batch=32",
+                "learned-reward:pool=512,effective=64,growth=1,anchors=48,updates=80,batch=16",
+                "ppo",
+            ),
+            128,
+            16,
+        )
     )
     points: int = 400
     s_rate: float | None = None

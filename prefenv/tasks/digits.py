@@ -25,7 +25,7 @@ from prefenv.device import make_generator
 from prefenv.errors import ConfigError
 from prefenv.networks import GuidedVelocity, VelocityField
 from prefenv.networks_unet import VelocityUNet
-from prefenv.tasks.base import Task, TrainConfig
+from prefenv.tasks.base import Demo, Task, TrainConfig
 from prefenv.tasks.conditions import Classes, Condition
 
 TEN = Classes(10)
@@ -84,6 +84,7 @@ class Digits(Task):
             iterations=2000, batch=128, early=1.0, drop=0.1, lr=2e-3
         )
     )
+    demo: Demo = field(default_factory=lambda: Demo(("kto", "pfm", "d3po", "ppo"), 1024, 128))
     data_path: str | None = None
     wrong: float = 0.15
     channels: int = 16
