@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_agents, clouds, few_answers, gaussians, pool, tasks, tune
+from benchmarks import all_agents, clouds, few_answers, gaussians, pool, segments, tasks, tune
 from prefenv.registry import agent_config, lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +81,24 @@ def test_gaussians_page_says_what_the_results_say():
         assert gaussians.line(found, method) in lines
     for row in found:
         assert row["kl"] > row["frontier"] - 0.1, "no model lies above the frontier"
+
+
+def test_segments_page_says_what_the_results_say():
+    text, found = (RESULTS / "segments.md").read_text(), rows("segments.jsonl")
+    assert {r["method"] for r in found} == set(segments.METHODS)
+    cases = {(r["env"], r["skill"]) for r in found}
+    for case in cases:
+        for method, made in segments.METHODS.items():
+            mine = [r for r in found if (r["env"], r["skill"], r["method"]) == (*case, method)]
+            assert sorted(r["seed"] for r in mine) == list(range(5))
+            assert {r["agent"] for r in mine} == {made and made[0]}
+    assert "\n".join(segments.table(found, "normalised")) in text
+    assert "\n".join(segments.table(found, "segment_score", 3)) in text
+    for row in found:
+        known = segments.behaviour_returns(row["env"])
+        low, high = (known[skill]["return"] for skill in ("random", "expert"))
+        got = 100 * (sum(row["returns"]) / len(row["returns"]) - low) / (high - low)
+        assert got == pytest.approx(row["normalised"], abs=0.1)
 
 
 def test_clouds_page_says_what_the_results_say():
