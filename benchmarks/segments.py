@@ -8,7 +8,14 @@ instead of D4RL's. The reference is behaviour cloning (BC): a flow that makes te
 in. About a thousand pairs of its segments, two of a state, are labelled by their true return; DPO, PFM and
 marginal BC (flow matching on the preferred ones alone) learn from them, and then **act in the env**: in every
 state a segment is made and its first action is done. The normalised return is 0 for uniform actions and 100 for
-the expert. Writes ``segments.jsonl`` (a line a run), ``segments.md`` and ``segments.png`` to
+the expert.
+
+Found: what was asked for grows everywhere, with DPO before PFM before marginal BC; what comes of it depends on how
+far ten steps see. In Pendulum (half a second) PFM and marginal BC act better than the medium behaviour they started
+from in every seed, DPO in three of five; in Hopper (0.08 seconds) all act worse than medium and expert behaviour, and
+the more they earn in ten steps, the less in an episode.
+
+Writes ``segments.jsonl`` (a line a run), ``segments.md`` and ``segments.png`` to
 ``benchmarks/results/``.
 """
 
@@ -208,7 +215,7 @@ def figure(rows: list[dict[str, Any]]) -> Any:
     axes.set_xticks(range(len(cases)), [f"{e}\n{s}" for e, s in cases])
     axes.set_ylabel("normalised return")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(methods), loc="upper left")
+    fig.legend(frameon=False, ncols=len(methods), loc="outside upper center")
     return fig
 
 

@@ -338,13 +338,13 @@ def test_matching_error_is_that_of_the_original():
 def test_reference_makes_clouds_of_both_classes():
     """In the data's share, and by the field's metrics near the data."""
     flow = load_checkpoint(None, TASK).flow
-    noise = torch.randn(96, 400, 2, generator=make_generator(1))
+    noise = torch.randn(48, 400, 2, generator=make_generator(1))
     x = FlowPolicy(flow, steps=16, shift=TASK.shift).sample(noise)
     kind = TASK.classify(x)
     assert 0.08 < float(kind.double().mean()) < 0.35
-    real, _ = TASK.data(48, make_generator(2))
-    accuracy, covered, near = metrics(x[:48], real)
-    bare = metrics(torch.rand(48, 400, 2) * 2 - 1, real)
+    real, _ = TASK.data(24, make_generator(2))
+    accuracy, covered, near = metrics(x[:24], real)
+    bare = metrics(torch.rand(24, 400, 2) * 2 - 1, real)
     assert accuracy < bare[0] and covered > bare[1] and near < bare[2] / 5
 
 

@@ -42,7 +42,7 @@ def test_demo_writes_a_table_and_two_figures(tmp_path, capsys, quick):
     assert summary["queries"] == 32
     # A second demo reads the finished runs: nothing is made again.
     before = (tmp_path / "ppo" / "model.safetensors").stat().st_mtime_ns
-    assert main([*argv, "--json"]) == 0
+    assert main([*argv, "--json", "--workers", "1"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [r["agent"] for r in runs] == ["d3po", "ppo"]
     assert (tmp_path / "ppo" / "model.safetensors").stat().st_mtime_ns == before

@@ -312,7 +312,7 @@ DEFECTS = [
 @pytest.mark.parametrize(("cls", "check", "words"), DEFECTS, ids=[d[0].__name__ for d in DEFECTS])
 def test_the_checker_names_it(cls, check, words):
     with pytest.raises(ContractError) as caught:
-        check_agent(cls)
+        check_agent(cls, only=(check,))
     told = dict(line.split(": ", 1) for line in str(caught.value).splitlines())
     assert check in told, told
     assert words in told[check]
