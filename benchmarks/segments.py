@@ -11,9 +11,9 @@ state a segment is made and its first action is done. The normalised return is 0
 the expert.
 
 Found: what was asked for grows everywhere, with DPO before PFM before marginal BC; what comes of it depends on how
-far ten steps see. In Pendulum (half a second) PFM and marginal BC act better than the medium behaviour they started
-from in every seed, DPO in three of five; in Hopper (0.08 seconds) all act worse than medium and expert behaviour, and
-the more they earn in ten steps, the less in an episode.
+far ten steps see. In Pendulum (half a second) PFM and marginal BC act better than the medium behaviour they
+started from in every seed, DPO in three of five; in Hopper (0.08 seconds) all act worse than medium and expert
+behaviour, and the more they earn in ten steps, the less in an episode.
 
 Writes ``segments.jsonl`` (a line a run), ``segments.md`` and ``segments.png`` to
 ``benchmarks/results/``.

@@ -330,3 +330,12 @@ def test_the_table_has_a_line_for_each_behaviour_and_the_mean_of_means():
 
 def test_spaces_are_looked_up_once():
     assert spaces("Pendulum-v1") is spaces("Pendulum-v1")
+
+
+@pytest.mark.slow
+def test_the_default_has_an_exact_optimum():
+    """At the task's own beta enough of the reference survives in every state, and the optimum earns more."""
+    from prefenv.runs import RunConfig
+
+    judge = RunConfig(task="segments", device="cpu").judge()
+    assert judge.optimum_reward > float(judge.rewards.mean()) + 0.005 and judge.distance > 0.1
