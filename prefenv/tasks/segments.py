@@ -29,7 +29,7 @@ from torch import Tensor
 from prefenv.checkpoints import shipped
 from prefenv.errors import ConfigError
 from prefenv.networks import VelocityField, VelocityMLP
-from prefenv.tasks.base import Task, TrainConfig
+from prefenv.tasks.base import Demo, Task, TrainConfig
 from prefenv.tasks.conditions import Vector
 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -178,6 +178,11 @@ class Segments(Task):
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(iterations=4000, batch=512, lr=2e-3, early=1.0)
     )
+    demo: Demo = field(
+        default_factory=lambda: Demo(
+            ("flow-dpo:lr=1e-3,updates=75", "pfm", "rft", "ppo"), 2048, 256
+        )
+    )
     env: str = "Pendulum-v1"
     skill: str = "medium"
     data_path: str | None = None
@@ -270,7 +275,7 @@ class Segments(Task):
         for values in x.T:
             axes.stairs(values, edges, baseline=None, color=color, lw=1.2)
         axes.axhline(0, color="0.8", lw=0.5, zorder=0)
-        axes.set(xlim=(0, self.horizon), ylim=(-1.3, 1.3), xticks=[], yticks=[])
+        axes.set(xlim=(-1, self.horizon + 1), ylim=(-1.3, 1.3), xticks=[], yticks=[])
 
     def points2d(self, x: np.ndarray) -> np.ndarray:
         """Points ``(H a, 2)``: time to the right, each action's value upwards."""
