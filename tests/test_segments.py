@@ -275,14 +275,14 @@ def test_the_reference_is_as_good_as_what_it_cloned(task):
 
 
 class Still:
-    """A model that always plans the same."""
+    """A model that always plans the same: one value, or one for each env."""
 
     def __init__(self, value):
         self.value = value
 
     def sample(self, noise, condition):
         self.seen = condition
-        return torch.full_like(noise, self.value)
+        return torch.zeros_like(noise) + torch.as_tensor(self.value).view(-1, 1, 1)
 
 
 def test_playing_is_the_envs_own_course(task):
@@ -299,16 +299,19 @@ def test_playing_is_the_envs_own_course(task):
 
 
 def test_an_episode_that_ended_earns_no_more(hopper):
-    """Two hoppers fall at different times; each return stops there."""
-    got = play("Hopper-v5", hopper, Still(1.0), 4, seed=1)
+    """Hoppers fall at different times; each return stops there."""
+    values, lengths = [1.0, -1.0, 0.0, 0.4], []
+    got = play("Hopper-v5", hopper, Still(values), 4, seed=1)
     env = gym.make("Hopper-v5")
-    for k in range(4):
+    for k, value in enumerate(values):
         env.reset(seed=1000 + k)
-        total, done = 0.0, False
+        total, done, steps = 0.0, False, 0
         while not done:
-            _, reward, ended, cut, _ = env.step(np.ones(3, np.float32))
-            total, done = total + float(reward), ended or cut
-        assert got[k] == pytest.approx(total, rel=1e-6)
+            _, reward, ended, cut, _ = env.step(np.full(3, value, np.float32))
+            total, done, steps = total + float(reward), ended or cut, steps + 1
+        assert got[k] == pytest.approx(total, rel=1e-5)
+        lengths.append(steps)
+    assert max(lengths) > min(lengths) + 5
 
 
 def test_the_table_has_a_line_for_each_behaviour_and_the_mean_of_means():
