@@ -31,7 +31,7 @@ from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
 from prefenv.hil_dd import TASK, read_hil_dd
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy, Rollout, collect
 from prefenv.registry import make_agent, make_task
 from prefenv.tasks.clouds import ROLL, S_CURVE, scale_to_range
 
@@ -97,11 +97,7 @@ class Toy(HilDD):
 
     def ask(self, pending: Any = ()) -> Rollout:
         noise = screens(self.env.task, 1, self.env.num_envs, self.generator)
-        path = torch.stack([noise, self.behaviour().sample(noise)])
-        judgement = self.env.judge(path[1], noise)
-        self.env.ledger.nfe += self.env.steps * len(noise)
-        reward, log_prob = judgement.nan_to_num(0.0), path.new_zeros(1, len(noise))
-        return Rollout(path, log_prob, judgement, reward, self.env.panel_size)
+        return collect(self.env, self.behaviour(), noise=noise)
 
     def noise_like(self, x: Tensor) -> Tensor:
         return screens(self.env.task, 1, len(x), self.generator)

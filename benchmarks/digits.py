@@ -14,7 +14,6 @@ the nearest real picture, and the distance to it.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.pages import keep
+from benchmarks.pages import keep, once
 from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.oracle import scored
@@ -127,12 +126,8 @@ class Bench:
 
 
 def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[dict[str, Any]]:
-    """The rows of one part, from its file if it was finished before."""
+    """The rows of one part."""
     about = {"pairs": pairs, "seed": seed, "queries": args.queries}
-    plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
-    file = args.work / f"{plain}-s{seed}-{args.queries}.json"
-    if file.exists():
-        return json.loads(file.read_text())
     began = time.process_time()
     if method == "data":
         rows = [{"model": k, **v} for k, v in bench.data_set(args, pairs, seed).items()]
@@ -147,10 +142,14 @@ def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[d
             }
             for name, x in made.items()
         ]
-    rows = [{**about, **row} for row in rows]
-    args.work.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows))
-    return rows
+    return [{**about, **row} for row in rows]
+
+
+def finished(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[dict[str, Any]]:
+    """The rows of one part, from its file if it was finished before."""
+    plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
+    file = args.work / f"{plain}-s{seed}-{args.queries}.json"
+    return once(file, lambda: part(args, bench, method, pairs, seed))
 
 
 def cell(values: list[float]) -> str:
@@ -202,7 +201,7 @@ def main(args: Args) -> None:
     for seed in range(args.seeds):
         for pairs in PAIRS:
             for method in ("data", *METHODS):
-                rows += part(args, bench, method, pairs, seed)
+                rows += finished(args, bench, method, pairs, seed)
                 print(f"seed {seed}, {pairs}, {method}", flush=True)
     reference = bench.measure(start, bench.asked)
     lines = [

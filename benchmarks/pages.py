@@ -1,14 +1,22 @@
-"""What the benchmarks' pages share: a median with its range, the files of a result, and a README's marks."""
+"""What the benchmarks' pages share: finished parts, medians with their ranges, a result's files, README marks."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from prefenv.checkpoints import write_atomic
 from prefenv.runs import versions
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What a JSON file holds; where there is none yet, what ``make`` returns is kept in it, whole or not."""
+    if not file.exists():
+        write_atomic(file, json.dumps(make()).encode())
+    return json.loads(file.read_text())
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.pages import keep
-from prefenv.checkpoints import shipped, write_atomic
+from benchmarks.pages import keep, once
+from prefenv import plotting
+from prefenv.checkpoints import shipped
 from prefenv.device import make_generator
 from prefenv.oracle import scored
 from prefenv.registry import make_agent, make_oracle
@@ -155,9 +156,7 @@ def finished(args: Args, env_id: str, skill: str, method: str, seed: int) -> dic
     """A run's row, from its file if it was finished before."""
     name = f"{env_id}-{skill}-{method}-s{seed}-{args.queries}-{args.episodes}".replace(" ", "-")
     file = args.work / f"{name.lower()}.json"
-    if not file.exists():
-        write_atomic(file, json.dumps(run(args, env_id, skill, method, seed)).encode())
-    return json.loads(file.read_text())
+    return once(file, lambda: run(args, env_id, skill, method, seed))
 
 
 def behaviour_returns(env_id: str) -> dict[str, Any]:
@@ -177,46 +176,43 @@ def cell(values: list[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def values(rows: list[dict[str, Any]], key: str) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """A column's values over the seeds, by env and skill, and by method."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for r in rows:
+        found.setdefault((r["env"], r["skill"]), {}).setdefault(r["method"], []).append(r[key])
+    return found
+
+
 def table(rows: list[dict[str, Any]], key: str, digits: int = 1) -> list[str]:
     """A Markdown line for each env and skill, a column for each method, and the means over all."""
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    cases = list(dict.fromkeys((r["env"], r["skill"]) for r in rows))
+    methods, found = list(dict.fromkeys(r["method"] for r in rows)), values(rows, key)
     lines = [f"| behaviour | {' | '.join(methods)} |", "|---" * (len(methods) + 1) + "|"]
-    found = {
-        (case, m): [r[key] for r in rows if (r["env"], r["skill"]) == case and r["method"] == m]
-        for case in cases
-        for m in methods
-    }
-    for case in cases:
-        cells = [cell(found[case, m], digits) for m in methods]
-        lines.append(f"| {case[0]}, {case[1]} | {' | '.join(cells)} |")
-    means = [statistics.mean(statistics.mean(found[c, m]) for c in cases) for m in methods]
+    for (env_id, skill), mine in found.items():
+        cells = [cell(mine[m], digits) for m in methods]
+        lines.append(f"| {env_id}, {skill} | {' | '.join(cells)} |")
+    means = [statistics.mean(statistics.mean(mine[m]) for mine in found.values()) for m in methods]
     return [*lines, "| mean | " + " | ".join(f"{m:.{digits}f}" for m in means) + " |"]
 
 
-def figure(rows: list[dict[str, Any]]) -> Any:
+def figure(rows: list[dict[str, Any]]) -> Figure:
     """Normalised returns: bars are means, points are seeds."""
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    cases = list(dict.fromkeys((r["env"], r["skill"]) for r in rows))
-    fig, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    width = 0.8 / len(methods)
-    for k, method in enumerate(methods):
-        for i, case in enumerate(cases):
-            mine = [
-                r["normalised"]
-                for r in rows
-                if (r["env"], r["skill"]) == case and r["method"] == method
-            ]
-            at = i + (k - (len(methods) - 1) / 2) * width
-            label = method if i == 0 else None
-            axes.bar(at, statistics.mean(mine), 0.9 * width, color=f"C{k}", alpha=0.6, label=label)
-            axes.scatter([at] * len(mine), mine, s=8, color=f"C{k}", zorder=3)
-    axes.axhline(0, color="0.5", lw=0.8)
-    axes.set_xticks(range(len(cases)), [f"{e}\n{s}" for e, s in cases])
-    axes.set_ylabel("normalised return")
-    axes.spines[["top", "right"]].set_visible(False)
-    fig.legend(frameon=False, ncols=len(methods), loc="outside upper center")
-    return fig
+    methods, found = list(dict.fromkeys(r["method"] for r in rows)), values(rows, "normalised")
+    with plotting.style():
+        drawn = Figure(figsize=(8, 3.2), layout="constrained")
+        axes, width = drawn.add_subplot(), 0.8 / len(methods)
+        for k, method in enumerate(methods):
+            mine = [each[method] for each in found.values()]
+            at = np.arange(len(mine)) + (k - (len(methods) - 1) / 2) * width
+            means = [statistics.mean(m) for m in mine]
+            axes.bar(at, means, 0.9 * width, color=f"C{k}", alpha=0.6, label=method)
+            for x, seeds in zip(at, mine, strict=True):
+                axes.scatter([x] * len(seeds), seeds, s=8, color=f"C{k}", zorder=3)
+        axes.axhline(0, color="0.5", lw=0.8)
+        axes.set_xticks(range(len(found)), [f"{env_id}\n{skill}" for env_id, skill in found])
+        axes.set_ylabel("normalised return")
+        drawn.legend(frameon=False, ncols=len(methods), loc="outside upper center")
+    return drawn
 
 
 def main(args: Args) -> None:

@@ -278,13 +278,16 @@ class Rollout:
         return values.unflatten(0, (-1, self.panel_size))
 
 
-def collect(env: FlowVectorEnv, policy: FlowPolicy, *, gradient: bool = False) -> Rollout:
-    """Play one round with a policy: from fresh noises to judged samples.
+def collect(
+    env: FlowVectorEnv, policy: FlowPolicy, *, gradient: bool = False, noise: Tensor | None = None
+) -> Rollout:
+    """Play one round with a policy: from noises to judged samples.
 
     Args:
         env: The environment, with ``control="state"``.
         policy: The generator; its steps must be the env's.
         gradient: Ask for the samples' reward gradient too: they are then judged one by one.
+        noise: Where to begin, ``(num_envs, *event_shape)``; None = fresh noises of the env's.
     """
     if policy.steps != env.steps:
         raise ConfigError(f"the policy takes {policy.steps} steps, the environment {env.steps}")
@@ -292,7 +295,7 @@ def collect(env: FlowVectorEnv, policy: FlowPolicy, *, gradient: bool = False) -
         raise ConfigError(
             "the policy walks another grid of times than the environment: use env.policy(flow)"
         )
-    x, condition = env.begin()
+    x, condition = env.begin(noise)
     path, reward = x.new_empty(policy.steps + 1, *x.shape), x.new_zeros(len(x))
     log_probs = x.new_zeros(policy.steps, len(x))
     path[0] = x

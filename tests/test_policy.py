@@ -289,7 +289,7 @@ class Corridor:
     def __init__(self):
         self.seen, self.judgement = [], torch.full((6,), torch.nan)
 
-    def begin(self):
+    def begin(self, noise=None):
         self.seen = [torch.randn(6, 3, 2)]
         return self.seen[0], None
 

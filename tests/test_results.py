@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import all_agents, clouds, few_answers, gaussians, pool, segments, tasks, tune
+from benchmarks import (
+    all_agents,
+    clouds,
+    few_answers,
+    gaussians,
+    pages,
+    pool,
+    segments,
+    tasks,
+    tune,
+)
 from prefenv.registry import agent_config, lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,3 +177,10 @@ def test_pool_keeps_a_line_a_run_and_repeats_none(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda *a: pytest.fail("nothing is left"))
     assert pool.gather(work, [("a", 1), ("b", -1)], log) == first
+
+
+def test_a_finished_part_is_not_made_again(tmp_path):
+    made = []
+    for _ in range(2):
+        assert pages.once(tmp_path / "deep" / "part.json", lambda: made.append(1) or [1.5]) == [1.5]
+    assert made == [1]

@@ -285,32 +285,33 @@ class Still:
         return torch.zeros_like(noise) + torch.as_tensor(self.value).view(-1, 1, 1)
 
 
+def alone(env_id, action, seed):
+    """Return and length of an episode of one action, by a plain loop over the env."""
+    env = gym.make(env_id)
+    env.reset(seed=seed)
+    rewards, done = [], False
+    while not done:
+        _, reward, ended, cut, _ = env.step(np.float32(action))
+        rewards.append(float(reward))
+        done = ended or cut
+    return sum(rewards), len(rewards)
+
+
 def test_playing_is_the_envs_own_course(task):
-    """Returns of a constant action, episode by episode, as a plain loop over the env gives them."""
+    """Returns of a constant action, episode by episode."""
     got = play("Pendulum-v1", task, Still(0.25), 3, seed=4)
-    env = gym.make("Pendulum-v1")
     for k in range(3):
-        env.reset(seed=4000 + k)
-        total, done = 0.0, False
-        while not done:
-            _, reward, ended, cut, _ = env.step(np.array([0.5], np.float32))
-            total, done = total + float(reward), ended or cut
-        assert got[k] == pytest.approx(total, rel=1e-6)
+        assert got[k] == pytest.approx(alone("Pendulum-v1", [0.5], 4000 + k)[0], rel=1e-6)
 
 
 def test_an_episode_that_ended_earns_no_more(hopper):
     """Hoppers fall at different times; each return stops there."""
-    values, lengths = [1.0, -1.0, 0.0, 0.4], []
+    values = [1.0, -1.0, 0.0, 0.4]
     got = play("Hopper-v5", hopper, Still(values), 4, seed=1)
-    env = gym.make("Hopper-v5")
-    for k, value in enumerate(values):
-        env.reset(seed=1000 + k)
-        total, done, steps = 0.0, False, 0
-        while not done:
-            _, reward, ended, cut, _ = env.step(np.full(3, value, np.float32))
-            total, done, steps = total + float(reward), ended or cut, steps + 1
-        assert got[k] == pytest.approx(total, rel=1e-5)
-        lengths.append(steps)
+    want = [alone("Hopper-v5", [v] * 3, 1000 + k) for k, v in enumerate(values)]
+    for mine, (total, _) in zip(got, want, strict=True):
+        assert mine == pytest.approx(total, rel=1e-5)
+    lengths = [length for _, length in want]
     assert max(lengths) > min(lengths) + 5
 
 

@@ -144,9 +144,7 @@ def spaces(env_id: str) -> tuple[gym.spaces.Box, gym.spaces.Box]:
     """
     try:
         env = gym.make(env_id)
-    except (
-        Exception
-    ) as error:  # gymnasium raises its own errors, and whatever a missing extra raises
+    except Exception as error:  # gymnasium's own, and whatever a missing extra raises
         raise ConfigError(
             f"segments: {env_id!r} cannot be made ({error}); MuJoCo's need pip install 'prefenv[control]'"
         ) from None
@@ -241,8 +239,11 @@ class Segments(Task):
 
     def data(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         first = self.begin[torch.randint(len(self.begin), (n,), generator=generator)]
-        rows = first[:, None] + torch.arange(self.horizon)
-        return self.steps.actions[rows], self.standard(self.steps.observations[first])
+        return self.cut(first), self.standard(self.steps.observations[first])
+
+    def cut(self, first: Tensor) -> Tensor:
+        """The data's segments that begin at steps ``(n,)``, ``(n, H, a)``."""
+        return self.steps.actions[first[:, None] + torch.arange(self.horizon)]
 
     def standard(self, observations: Tensor) -> Tensor:
         """Observations ``(n, o)`` as conditions: standardised, and cut at 10 deviations."""
@@ -267,7 +268,7 @@ class Segments(Task):
         picked = self.begin[
             torch.linspace(0, len(self.begin) - 1, min(NEAR, len(self.begin))).long()
         ]
-        real = self.steps.actions[picked[:, None] + torch.arange(self.horizon)].flatten(1).to(x)
+        real = self.cut(picked).flatten(1).to(x)
         return torch.cdist(x.flatten(1), real).amin(1) / real.shape[1] ** 0.5
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
