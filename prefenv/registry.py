@@ -15,6 +15,8 @@ import re
 from importlib import metadata
 from typing import Any
 
+import gymnasium as gym
+
 from prefenv.errors import ConfigError, UnknownNameError
 from prefenv.kernels import Kernel
 
@@ -133,6 +135,20 @@ def make(kind: str, text: str, *args: Any, **extra: Any) -> Any:
         return cls(*args, **extra, **settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kind} {name!r}: {error}") from None
+
+
+def env_id(task: str) -> str:
+    """Gymnasium's id of a task's environment, ``prefenv/Shapes-v0``; a ``module:Class`` gets one when asked."""
+    name = parse(task)[0]
+    found = f"prefenv/{name.rpartition(':')[2].capitalize()}-v0"
+    if found not in gym.registry:
+        gym.register(
+            id=found,
+            entry_point="prefenv.envs:FlowEnv",
+            vector_entry_point="prefenv.envs:FlowVectorEnv",
+            kwargs={"task": name},
+        )
+    return found
 
 
 def make_task(name: str) -> Any:

@@ -33,6 +33,7 @@ from prefenv.oracle import ScriptedOracle
 from prefenv.packing import pack, unpack
 from prefenv.registry import (
     agent_config,
+    env_id,
     lookup,
     make_agent,
     make_oracle,
@@ -107,9 +108,9 @@ class RunConfig:
     def name(self) -> str:
         """``agent-task-sSEED-HASH``."""
         text = json.dumps(self.record(), sort_keys=True)
-        agent = parse(self.agent)[0].rpartition(":")[2]
+        agent, task = (parse(x)[0].rpartition(":")[2] for x in (self.agent, self.task))
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{agent}-{parse(self.task)[0]}-s{self.seed}-{digest}"
+        return f"{agent}-{task}-s{self.seed}-{digest}"
 
     def record(self) -> dict[str, Any]:
         """All settings as plain values, the agent's own defaults included: what ``config.json`` holds."""
@@ -150,7 +151,7 @@ class RunConfig:
         """The environment, with the budget as its limit."""
         lookup("task", parse(self.task)[0])  # its error is ours, not gymnasium's
         return gym.make_vec(
-            f"prefenv/{parse(self.task)[0].capitalize()}-v0",
+            env_id(self.task),
             task=self.task,
             num_envs=self.num_envs(),
             oracle=self.answerer(),
@@ -277,7 +278,7 @@ def _summary(config: RunConfig, agent: Agent, judge: Judge) -> dict[str, Any]:
     result = {k: None if v != v else v for k, v in result.items()}
     return {
         "agent": config.agent,
-        "env": f"prefenv/{parse(config.task)[0].capitalize()}-v0",
+        "env": env_id(config.task),
         "oracle": config.oracle,
         **({} if config.teacher is None else {"teacher": config.teacher}),
         "seed": config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import pytest
 import torch
 from test_docs import load
@@ -10,6 +11,7 @@ from prefenv import plotting
 from prefenv.checkpoints import load_checkpoint
 from prefenv.envs import FlowVectorEnv
 from prefenv.registry import ORACLES, TASKS, make_agent, make_oracle, make_task
+from prefenv.runs import RunConfig, align
 from prefenv.tasks import TrainConfig
 from prefenv.train import save_reference, train_reference
 
@@ -23,7 +25,8 @@ def ring(tmp_path, monkeypatch):
     ):
         module = load(file, tmp_path, monkeypatch)
         monkeypatch.setitem(table, name, f"{module.__name__}:{cls}")
-    return make_task("ring:samples=256")
+    yield make_task("ring:samples=256")
+    gym.registry.pop("prefenv/Ring-v0", None)
 
 
 def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
@@ -54,3 +57,15 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
     colors = [plotting.RED, plotting.GREEN]
     figure = plotting.overlays(ring, [before.numpy(), after.numpy()], colors, ["A", "B"])
     assert [len(a.collections[0].get_offsets()) for a in figure.axes] == [400, 400]
+
+
+def test_a_task_without_a_name_is_aligned_by_its_module_and_class(ring, tmp_path):
+    path = tmp_path / "ring.safetensors"
+    save_reference(path, train_reference(ring, TrainConfig(50, 64), seed=0, device="cpu"), ring)
+    where = f"{type(ring).__module__}:Ring"
+    TASKS.pop("ring")
+    config = RunConfig("best-of-n", task=f"{where}:samples=256", queries=64, checkpoint=str(path))
+    assert config.name.startswith("best-of-n-Ring-s0-")
+    summary = align(config, tmp_path / config.name)
+    assert (summary["env"], summary["queries"]) == ("prefenv/Ring-v0", 64)
+    assert gym.spec("prefenv/Ring-v0").kwargs == {"task": where}
