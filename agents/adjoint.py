@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.kernels import Affine, Kernel
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of
 
 

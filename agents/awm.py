@@ -23,7 +23,7 @@ from torch import Tensor
 from agents.ppo import advantages, ppo_loss
 from prefenv.agent import Metrics, Requires
 from prefenv.matching import MatchingAgent, Points, blend_, matching_error
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 Weighting = Literal["uniform", "t", "tpow2", "huber", "ghuber"]
 Order = Literal["exp-first", "sum-first"]

@@ -29,7 +29,8 @@ from prefenv.device import make_generator
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of, to_device
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.kernels import Kernel
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of
 
 Clamp = Literal["one-sided", "two-sided", "none"]

@@ -24,7 +24,7 @@ from torch import Tensor
 from agents.grpo import group_advantages
 from prefenv.agent import Metrics, Requires
 from prefenv.matching import MatchingAgent, matching_error
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 
 def dgpo_loss(error: Tensor, reference: Tensor, advantage: Tensor, beta: float) -> Tensor:

@@ -26,7 +26,7 @@ from agents.ppo import PPO, averaged, moved, ppo_loss
 from prefenv.agent import Metrics, Requires
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel, gaussian_log_prob
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 Clamp = Literal["one-sided", "two-sided"]
 

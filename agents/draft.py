@@ -30,7 +30,8 @@ from prefenv.agent import Agent, Metrics, Requires
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout, collect
 from prefenv.tasks.conditions import rows_of
 
 

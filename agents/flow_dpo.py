@@ -28,7 +28,7 @@ from torch import Tensor
 from agents.d3po import preferred_pairs
 from prefenv.agent import Metrics, Requires
 from prefenv.matching import MatchingAgent, Points, matching_error
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 Proposals = Literal["model", "reference"]
 

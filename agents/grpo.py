@@ -29,7 +29,8 @@ from agents.ppo import PPO, averaged, gaussian_kl, moved, ppo_loss
 from prefenv.agent import Metrics, Requires
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel, gaussian_log_prob
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 
 Spread = Literal["group", "global", "unbiased"]
 Trust = Literal["clip", "guard", "divergence"]

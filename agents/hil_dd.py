@@ -21,7 +21,8 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.device import make_generator, stratified_uniform
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of
 
 

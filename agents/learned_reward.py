@@ -9,6 +9,9 @@ With the true reward the weighted pool is a sample of the optimum ``p* ~ p_ref e
 importance weights), and flow matching from independent noise makes it model B. For weighted matching see Peters &
 Schaal 2007 and Fan et al. 2025 (ORW-CFM-W2, arXiv 2502.06061); a reward model between the person and the policy is
 Christiano et al. 2017 (arXiv 1706.03741).
+
+**Conditions.** The pool is drawn under conditions, ``GROUP`` samples and more of each; the reward is ``r(x, c)``,
+of samples and conditions side by side; a panel asks about one; weights are a softmax among the samples of each.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from agents.reward_model import (
     PLAIN,
     Belief,
     choose,
-    condition,
+    conditioned,
     fit,
     graph_factors,
     kmeans,
@@ -33,13 +36,26 @@ from agents.reward_model import (
     plain_factors,
     rebuild,
 )
-from prefenv.agent import Agent, Metrics, Requires
+from prefenv.agent import Agent, Metrics
 from prefenv.device import make_generator, stratified_uniform
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
+from prefenv.tasks.conditions import group, rows_of
+
+GROUP = 16  # samples in a row that are made of one condition
 
 
 def _effective(weight: Tensor) -> float:
     return float(1 / weight.square().sum())
+
+
+def softmax_among(logit: Tensor, label: Tensor) -> Tensor:
+    """Softmax among the rows of each label, times the label's share of all rows, ``(n,)``; the sum is 1."""
+    top = logit.new_full((int(label.max()) + 1,), -torch.inf).scatter_reduce(
+        0, label, logit, "amax"
+    )
+    weight = (logit - top[label]).exp()
+    total = torch.zeros_like(top).index_add(0, label, weight)
+    return weight / total[label] * label.bincount()[label] / len(label)
 
 
 class LearnedReward(Agent):
@@ -72,12 +88,11 @@ class LearnedReward(Agent):
         lr: float = 1e-3
 
     name: ClassVar[str] = "learned-reward"
-    # Its pool and its reward are of all samples together: conditions would want one of each.
-    requires: ClassVar[Requires] = Requires(unconditional=True)
     persistent: ClassVar[tuple[str, ...]] = (
         "model",
         "size",
         "shown",
+        "told",
         "answers",
         "times",
         "matched",
@@ -87,11 +102,15 @@ class LearnedReward(Agent):
         cfg = self.config
         self.beta = self.env.task.beta if cfg.beta is None else cfg.beta
         self.size = 0  # of the pool; each is made from the seed alone, so only their number is kept
-        self.shown = torch.empty(0, *self.env.task.event_shape, device=self.device)
+        task, kind = self.env.task, self.env.task.condition
+        self.shown = torch.empty(0, *task.event_shape, device=self.device)
+        # the conditions of what was shown
+        self.told = None if kind is None else kind.tensor([]).view(0, *kind.shape).to(self.device)
         self.answers = torch.empty(0, device=self.device)
         self.times = torch.zeros(cfg.pool, device=self.device)  # each proposal was asked about
         self.matched = torch.zeros(cfg.anchors, dtype=torch.float64, device=self.device)
         self.pool: list[Tensor] = []
+        self.conditions: list[Tensor] = []  # of the pool's parts, where the task has conditions
         self.mixtures: list[Tensor] = []
 
     ahead: ClassVar[bool] = True  # the pool is the reference's
@@ -105,10 +124,12 @@ class LearnedReward(Agent):
             self.grow()
         belief, times = self.believe(), self.times
         for rollout in pending:
-            z = rebuild(rollout.samples.flatten(1), self.anchors)
-            belief = replace(belief, covariance=condition(belief.covariance, z, belief.noise))
+            z = rebuild(self.points(rollout.samples, rollout.condition), self.anchors)
+            belief = replace(belief, covariance=conditioned(belief.covariance, z, belief.noise))
             times = times + self.asked(rollout.samples)
-        return choose(belief, self.mixtures[0], self.distance, times, self.env.num_envs)
+        label = group(self.conditions[0]) if self.conditions else None
+        count, panel = self.env.num_envs, self.env.panel_size
+        return choose(belief, self.mixtures[0], self.distance, times, count, label, panel)
 
     def asked(self, samples: Tensor) -> Tensor:
         """How often each sample of the pool's first part is among ``samples``, ``(pool,)``."""
@@ -118,9 +139,10 @@ class LearnedReward(Agent):
         """Ask; no episode is played."""
         picked = self.question(pending)
         path = torch.stack([self.noise(0)[picked], self.pool[0][picked]])
-        judgement = self.env.judge(path[1], path[0])
+        condition = self.conditions[0][picked] if self.conditions else None
+        judgement = self.env.judge(path[1], path[0], condition)
         reward, log_prob = judgement.nan_to_num(0.0), path.new_zeros(1, len(picked))
-        return Rollout(path, log_prob, judgement, reward, self.env.panel_size)
+        return Rollout(path, log_prob, judgement, reward, self.env.panel_size, condition)
 
     def round(self) -> tuple[Tensor, Metrics]:
         """Ask, and learn from all answers so far."""
@@ -131,6 +153,8 @@ class LearnedReward(Agent):
         answered = ~rollout.judgement.isnan()
         self.times = self.times + self.asked(rollout.samples)
         self.shown = torch.cat([self.shown, rollout.samples[answered]])
+        if self.told is not None and rollout.condition is not None:
+            self.told = torch.cat([self.told, rollout.condition[answered]])
         self.answers = torch.cat([self.answers, rollout.judgement[answered]])
         return rollout.judgement, self.improve()
 
@@ -162,10 +186,15 @@ class LearnedReward(Agent):
     def prepare(self) -> None:
         """Make the parts of the pool that a restore left missing, the anchors from the first; drop later ones."""
         cfg = self.config
-        del self.pool[self.size :], self.mixtures[self.size :]
+        for parts in (self.pool, self.mixtures, self.conditions):
+            del parts[self.size :]
         while len(self.pool) < self.size:
-            sample = self.env.policy(self.reference).sample(self.noise(len(self.pool)))
-            flat = self.env.task.embed(sample)
+            part = len(self.pool)
+            condition = self.drawn(part)
+            sample = self.env.policy(self.reference).sample(self.noise(part), condition)
+            if not self.pool:
+                self.unit = self.weigh(sample, condition)
+            flat = self.points(sample, condition)
             if not self.pool:
                 rng = make_generator(self.seed, self.device, "anchors")
                 self.anchors = kmeans(flat, cfg.anchors, rng)
@@ -176,6 +205,8 @@ class LearnedReward(Agent):
                 self.prior[-len(plain) :] = PLAIN
             self.pool.append(sample)
             self.mixtures.append(rebuild(flat, self.anchors))
+            if condition is not None:
+                self.conditions.append(condition)
 
     def noise(self, part: int) -> Tensor:
         """What a part of the pool is made from, ``(pool, *event_shape)``."""
@@ -183,19 +214,47 @@ class LearnedReward(Agent):
         noise = torch.randn(self.config.pool, *self.env.task.event_shape, generator=rng)
         return noise.to(self.device)
 
+    def drawn(self, part: int) -> Tensor | None:
+        """What the samples of a part of the pool are made of, ``(pool, ...)``; None without conditions."""
+        task, pool = self.env.task, self.config.pool
+        if task.condition is None:
+            return None
+        rng = make_generator(self.seed, stream=f"pool conditions {part}")
+        each = task.draw_conditions(-(-pool // GROUP), rng)
+        return each.repeat_interleave(GROUP, 0)[:pool].to(self.device)
+
+    def points(self, samples: Tensor, condition: Tensor | None) -> Tensor:
+        """Where samples lie, their conditions beside them, ``(n, d)``."""
+        flat, kind = self.env.task.embed(samples), self.env.task.condition
+        if kind is None or condition is None:
+            return flat
+        return torch.cat([flat, self.unit * kind.features(condition)], 1)
+
+    def weigh(self, samples: Tensor, condition: Tensor | None) -> float:
+        """The unit of conditions in which they vary as much as samples do."""
+        flat, kind = self.env.task.embed(samples), self.env.task.condition
+        if kind is None or condition is None:
+            return 1.0
+        told = kind.features(condition).var(0).sum().clamp_min(1e-12)
+        return float((flat.var(0).sum() / told).sqrt())
+
     def believe(self) -> Belief:
         """The reward as far as the answers tell."""
         self.prepare()
-        z = rebuild(self.env.task.embed(self.shown), self.anchors)
+        z = rebuild(self.points(self.shown, self.told), self.anchors)
         return fit(self.factors, z, self.answers, self.prior)
 
     def tilt(self, reward: Tensor) -> Tensor:
         """Self-normalised weights of the whole pool, from the reward at the anchors."""
-        return torch.cat([z @ reward / self.beta for z in self.mixtures]).softmax(0)
+        logit = torch.cat([z @ reward / self.beta for z in self.mixtures])
+        if not self.conditions:
+            return logit.softmax(0)
+        return softmax_among(logit, group(torch.cat(self.conditions)))
 
     def distil(self, weight: Tensor, steps: int) -> float:
         """Train the model on the weighted pool; returns the mean loss."""
         cfg, pool, total = self.config, torch.cat(self.pool), 0.0
+        asked = torch.cat(self.conditions) if self.conditions else None
         self.model.load_state_dict(self.reference.state_dict())
         optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, fused=True)
         for step in range(steps):
@@ -205,7 +264,7 @@ class LearnedReward(Agent):
             x1 = pool[index]
             x0 = torch.randn(x1.shape, generator=self.generator, device=self.device)
             t = stratified_uniform(cfg.batch, self.generator)
-            loss = self.model.residual(x0, x1, t).mean()
+            loss = self.model.residual(x0, x1, t, rows_of(asked, index)).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

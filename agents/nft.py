@@ -25,7 +25,8 @@ from torch import Tensor
 from agents.ppo import advantages
 from prefenv.agent import Metrics, Requires
 from prefenv.matching import MatchingAgent, blend_, matching_error, row_mean
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 
 
 def optimality(advantage: Tensor, clip: float, binary: bool = False) -> Tensor:

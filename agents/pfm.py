@@ -27,7 +27,8 @@ from prefenv.device import stratified_uniform
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import group, rows_of
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics, Requires
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel, Reduction, gaussian_log_prob
-from prefenv.policy import At, Rollout
+from prefenv.policy import At
+from prefenv.rollout import Rollout
 
 
 def advantages(reward: Tensor, clip: float) -> Tensor:

@@ -203,7 +203,7 @@ def fit(
     return Belief(centre + unit * mean, unit**2 * covariance, unit**2 * float(level), meant, weight)
 
 
-def condition(covariance: Tensor, z: Tensor, noise: float) -> Tensor:
+def conditioned(covariance: Tensor, z: Tensor, noise: float) -> Tensor:
     """A covariance ``(m, m)`` after answers to samples of mixtures ``z`` ``(n, m)``, whatever they are."""
     for row in z:
         column = covariance @ row
@@ -211,7 +211,15 @@ def condition(covariance: Tensor, z: Tensor, noise: float) -> Tensor:
     return covariance
 
 
-def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int) -> Tensor:
+def choose(
+    belief: Belief,
+    z: Tensor,
+    square: Tensor,
+    times: Tensor,
+    count: int,
+    label: Tensor | None = None,
+    panel: int = 1,
+) -> Tensor:
     """Which samples to ask about, ``(count,)``: those whose answers leave the least variance at the anchors.
 
     Transductive experimental design (Yu, Bi & Tresp 2006, ICML), greedily: anchor ``argmax |C_a|^2 / (C_aa + s)``,
@@ -224,13 +232,24 @@ def choose(belief: Belief, z: Tensor, square: Tensor, times: Tensor, count: int)
         square: Squared distances of samples and anchors, ``(n, m)``.
         times: How often each sample was asked, ``(n,)``.
         count: How many, at most n.
+        label: Which condition each sample is of, ``(n,)``; a panel asks about one.
+        panel: So many in a row are a panel.
     """
     c, times, chosen = belief.covariance.clone(), times.clone(), []
-    far = 2 * float(square.max()) + 1
-    for _ in range(count):
-        anchor = int((c.square().sum(1) / (c.diag() + belief.noise)).argmax())
-        pick = int((square[:, anchor] + far * times).argmin())
+    far, home = 2 * float(square.max()) + 1, square.argmin(1)
+    for i in range(count):
+        value, cost = c.square().sum(1) / (c.diag() + belief.noise), far * times
+        if (
+            label is not None and i % panel
+        ):  # the rest of a panel: samples of its condition, and their anchors
+            same = label == label[chosen[-1]]
+            value = value.where(
+                torch.zeros_like(value).index_fill(0, home[same], 1) > 0, -torch.inf
+            )
+            cost = cost.where(same, torch.inf)
+        anchor = int(value.argmax())
+        pick = int((square[:, anchor] + cost).argmin())
         chosen.append(pick)
         times[pick] += 1
-        c = condition(c, z[pick : pick + 1], belief.noise)
+        c = conditioned(c, z[pick : pick + 1], belief.noise)
     return torch.tensor(chosen, device=z.device)

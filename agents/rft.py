@@ -20,7 +20,8 @@ from torch import Tensor
 from prefenv.agent import Agent, Metrics
 from prefenv.device import stratified_uniform
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of
 
 Keep = Literal["accepted", "best"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prefenv.agent import Metrics, Requires
 from prefenv.matching import MatchingAgent, matching_error
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 
 def reward_weights(reward: Tensor, tau: float, normalise: bool = True) -> Tensor:

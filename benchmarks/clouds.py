@@ -31,8 +31,9 @@ from prefenv import plotting
 from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
 from prefenv.hil_dd import TASK, read_hil_dd
-from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.policy import FlowPolicy
 from prefenv.registry import make_agent, make_task
+from prefenv.rollout import Rollout, collect
 from prefenv.tasks.clouds import ROLL, S_CURVE, scale_to_range
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,8 @@ from benchmarks.pages import keep, spread
 from prefenv import plotting
 from prefenv.checkpoints import load_checkpoint
 from prefenv.device import make_generator
-from prefenv.evaluation import Judge, chain_log_prob
+from prefenv.divergence import chain_log_prob
+from prefenv.evaluation import Judge
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.feedback.files import read_feedback
 from prefenv.optimum import frontier_kl

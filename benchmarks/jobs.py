@@ -16,10 +16,10 @@ import torch
 from benchmarks.experiments import load
 from prefenv.agent import Agent
 from prefenv.checkpoints import write_atomic
-from prefenv.errors import ConfigError
+from prefenv.errors import RequiresError
 from prefenv.evaluation import Judge, made
 from prefenv.oracle import ScriptedOracle, scored
-from prefenv.registry import make_agent, make_oracle
+from prefenv.registry import make_oracle
 from prefenv.runs import RunConfig, align, versions
 from prefenv.tasks.conditions import rows_of
 
@@ -110,18 +110,6 @@ def judge_of(experiment: str, variant: str) -> Judge:
     return load(experiment).judge(variant)
 
 
-def refusal(config: RunConfig) -> str | None:
-    """Why the agent cannot take part by design (it needs gradients, say), or None."""
-    env = config.make_env()
-    try:
-        make_agent(config.agent, env, seed=config.seed)
-    except ConfigError as error:
-        return str(error)
-    finally:
-        env.close()
-    return None
-
-
 def work(job: Job, folder: Path) -> dict[str, Any]:
     """Do a run in its directory below ``folder``; a killed one goes on where it stopped.
 
@@ -130,9 +118,9 @@ def work(job: Job, folder: Path) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     try:
-        if reason := refusal(job.config):
-            return {**job.head(), "refused": reason}
         return {**job.head(), **_measure(job, folder / job.experiment / job.config.name)}
+    except RequiresError as error:  # by design: it needs gradients, say
+        return {**job.head(), "refused": str(error)}
     except Exception as error:  # one crash is a result, and not the end of the others
         return {**job.head(), "error": " ".join(f"{type(error).__name__}: {error}".split())}
 

@@ -35,7 +35,7 @@ def peak(case: str, rows: int, device: str) -> dict[str, Any]:
 
     from benchmarks.speed_rollout import bare_rollout, env_rollout
     from prefenv.envs import FlowVectorEnv
-    from prefenv.policy import collect
+    from prefenv.rollout import collect
 
     torch.set_num_threads(1)
     # Imports what the first step imports, and loads the checkpoint.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks.speed_timing import Case, Fact, Found, Row, interleave, pair
 from prefenv.envs import FlowEnv, FlowVectorEnv
-from prefenv.policy import FlowPolicy, collect
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import collect
 
 
 def bare_rollout(env: FlowVectorEnv, per_row: bool = True) -> Callable[..., Tensor]:

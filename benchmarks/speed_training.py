@@ -14,7 +14,7 @@ from prefenv.device import make_generator
 from prefenv.envs import FlowVectorEnv
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import collect
+from prefenv.rollout import collect
 from prefenv.sb3 import make_ppo
 from prefenv.tasks import Task, TrainConfig
 

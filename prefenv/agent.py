@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from prefenv.device import make_generator
 from prefenv.envs import Control, FlowVectorEnv
-from prefenv.errors import ConfigError, NonFiniteError
+from prefenv.errors import ConfigError, NonFiniteError, RequiresError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.policy import FlowPolicy
 from prefenv.resume import Resumable
+from prefenv.rollout import Rollout, collect
 from prefenv.tasks.conditions import rows_of, to_device
 
 Metrics = dict[str, float]
@@ -38,14 +39,12 @@ class Requires:
         gradient: Whether it asks for reward gradients; its rollouts then carry them.
         log_prob: Whether it needs stochastic steps.
         noise: Whether it learns from the noise that a sample was made from.
-        unconditional: Whether it can learn only tasks without conditions.
     """
 
     panel_size: int = 1
     gradient: bool = False
     log_prob: bool = False
     noise: bool = False
-    unconditional: bool = False
 
 
 class Agent(Resumable):
@@ -108,21 +107,19 @@ class Agent(Resumable):
                 f"{self.name} acts on {self.control}s: make the env with control={self.control!r}"
             )
         if self.env.panel_size < self.requires.panel_size:
-            raise ConfigError(
+            raise RequiresError(
                 f"{self.name} learns from panels of at least {self.requires.panel_size}, "
                 f"not of {self.env.panel_size}: raise panel_size"
             )
         if self.requires.gradient and not self.env.desk.differentiable:
-            raise ConfigError(f"{self.name} needs an oracle with a reward gradient")
-        if self.env.task.condition is not None and (
-            self.requires.unconditional
-            or "condition" not in inspect.signature(self.sample).parameters
-        ):
-            raise ConfigError(
+            raise RequiresError(f"{self.name} needs an oracle with a reward gradient")
+        takes = inspect.signature(self.sample).parameters
+        if self.env.task.condition is not None and "condition" not in takes:
+            raise RequiresError(
                 f"{self.name} cannot learn {self.env.task.name!r}, a task with conditions: take another agent"
             )
         if self.requires.log_prob and self.kernel().name == "ode":
-            raise ConfigError(f"{self.name} needs a stochastic kernel")
+            raise RequiresError(f"{self.name} needs a stochastic kernel")
 
     # What a subclass writes.
 

@@ -15,6 +15,10 @@ class ConfigError(PrefenvError):
     """A setting is out of range, or two settings do not fit together."""
 
 
+class RequiresError(ConfigError):
+    """An agent asks more of an environment (panels, gradients, a stochastic kernel) than this one gives."""
+
+
 class CheckpointError(PrefenvError):
     """A checkpoint is missing, broken, unsafe or made for another network."""
 

@@ -1,4 +1,4 @@
-"""Estimates with their standard errors: the frontier, means and samples of the optimum, and the KL of whole paths.
+"""Estimates with their standard errors: the frontier, means and samples of the optimum.
 
 The frontier's KL at a mean reward ``R`` is a Legendre transform (Cramér's rate function; Csiszár 1975),
 
@@ -6,8 +6,7 @@ The frontier's KL at a mean reward ``R`` is a Legendre transform (Cramér's rate
 
 so to first order only the error of ``log M`` at the best ``l`` counts (envelope theorem): ``sd(w) / sqrt(n)`` with
 the weights ``w = exp(l r) / M``; an error of ``R`` itself enters with ``dK/dR = l``. Under the optimum a mean is
-self-normalised, ``E*[f] = sum w f / sum w`` (Owen 2013, *Monte Carlo theory, methods and examples*, 9.2). Paths of
-Gaussian steps have ``KL = E_B sum_i KL(N(m_B, s_B^2) || N(m_A, s_A^2))`` (chain rule), no less than their ends.
+self-normalised, ``E*[f] = sum w f / sum w`` (Owen 2013, *Monte Carlo theory, methods and examples*, 9.2).
 
 Where the weights rest on a few hundred effective samples, the errors are too small: the interval of the KL at a
 fixed ``beta`` then held the truth 83 times of 100; with more than a thousand, 90 times and more.
@@ -20,10 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from prefenv.device import make_generator
-from prefenv.errors import ConfigError, NoLogProbError
+from prefenv.errors import ConfigError
 from prefenv.optimum import optimum_weights
-from prefenv.policy import FlowPolicy
 
 LEAST_SIZE = 100.0  # effective samples below which an importance estimate says nothing
 
@@ -115,53 +112,3 @@ def _enough(rewards: Tensor, beta: float) -> Tensor:
             "raise beta or use more reference samples"
         )
     return weight
-
-
-def step_kl(mean_b: Tensor, std_b: float, mean_a: Tensor, std_a: float) -> Tensor:
-    """``KL(N(mean_b, std_b^2) || N(mean_a, std_a^2))`` of each row, ``(B,)``, summed over dimensions.
-
-    Raises:
-        NoLogProbError: A step is deterministic: the KL is infinite.
-    """
-    if not (std_a > 0 and std_b > 0):
-        raise NoLogProbError(
-            "the path KL of a deterministic step (std = 0) is infinite; open the kernel's window"
-        )
-    ratio = (std_b / std_a) ** 2
-    square = (mean_b - mean_a).flatten(1).double().square().sum(1)
-    return square / (2 * std_a**2) + mean_b[0].numel() * (ratio - 1 - math.log(ratio)) / 2
-
-
-@torch.no_grad()
-def path_kl(
-    policy: FlowPolicy,
-    reference: FlowPolicy,
-    n: int = 256,
-    seed: int = 0,
-    condition: Tensor | None = None,
-) -> tuple[float, float]:
-    """KL in nats of the policy's paths to the reference's, by walking the policy's, and its standard error.
-
-    Args:
-        policy: Model B with a kernel that is stochastic in every step.
-        reference: Model A on the same grid of times.
-        n: Paths.
-        seed: Of noises and steps.
-        condition: ``(n, ...)``, where the task has one.
-
-    Raises:
-        NoLogProbError: A step is deterministic.
-        ConfigError: The grids of times differ.
-    """
-    if not torch.equal(policy.times, reference.times):
-        raise ConfigError("paths can be compared on one grid of times only: same steps, same shift")
-    device = policy.flow.device
-    rng = make_generator(seed, device, "evaluation path kl")
-    x = torch.randn(n, *policy.flow.event_shape, generator=rng, device=device)
-    total = torch.zeros(n, dtype=torch.float64, device=device)
-    for i in range(policy.steps):
-        means = [p.mean(x, p.velocity(x, i, condition), i) for p in (policy, reference)]
-        total += step_kl(means[0], policy.std(i), means[1], reference.std(i))
-        noise = torch.randn(x.shape, generator=rng, device=device)
-        x = means[0] + policy.std(i) * noise
-    return float(total.mean()), float(total.std() / math.sqrt(n))

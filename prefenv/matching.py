@@ -16,7 +16,8 @@ from prefenv.agent import Agent
 from prefenv.device import stratified_uniform
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks.conditions import rows_of
 
 

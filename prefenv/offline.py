@@ -20,7 +20,8 @@ from prefenv.device import make_generator
 from prefenv.errors import ConfigError, FeedbackError
 from prefenv.feedback import FeedbackStore, Panel, Sample, model_hash
 from prefenv.feedback.files import Feedback, read_feedback
-from prefenv.policy import FlowPolicy, Rollout
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout
 from prefenv.tasks import Task
 from prefenv.tasks.conditions import from_texts, panels_of, to_text
 

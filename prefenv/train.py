@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from prefenv.checkpoints import save_checkpoint, write_atomic
 from prefenv.device import make_generator, resolve_device, stratified_uniform
+from prefenv.divergence import SHIFT
 from prefenv.errors import ConfigError, NonFiniteError
-from prefenv.evaluation import SHIFT
 from prefenv.flow import RectifiedFlow
 from prefenv.policy import FlowPolicy
 from prefenv.tasks import Classes, Task, TrainConfig

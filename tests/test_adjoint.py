@@ -10,7 +10,8 @@ from probes import ROWS, close, gaussian, noises, probe_agent, same, share, sile
 
 from agents.adjoint import adjoint_loss, lean_adjoint
 from prefenv.kernels import Affine, Kernel
-from prefenv.policy import FlowPolicy, collect
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import collect
 from prefenv.testing.probe import ProbeVelocity
 
 # The paper's memoryless steps

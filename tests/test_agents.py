@@ -15,7 +15,7 @@ from agents.hil_dd import barrier_weight, choice_labels, listwise_loss
 from agents.pfm import Refined, pfm_loss, pfm_point, transport_pairs
 from agents.ppo import advantages, gaussian_kl, ppo_loss
 from prefenv.errors import ConfigError
-from prefenv.policy import Rollout, collect
+from prefenv.rollout import Rollout, collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
 
 

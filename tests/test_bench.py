@@ -19,7 +19,7 @@ from benchmarks import bench, engines, experiments
 from benchmarks import jobs as jobs_module
 from benchmarks.bench import Results, jobs_of
 from benchmarks.experiments import NAMES, load
-from benchmarks.jobs import Job, jobs, refusal, work
+from benchmarks.jobs import Job, jobs, work
 from prefenv.checkpoints import load_checkpoint
 from prefenv.cli import main
 from prefenv.cli_bench import Bench
@@ -83,12 +83,6 @@ def test_name_changes_with_the_agents_settings_only():
     assert one.config.name != Job("basic", "", "ppo", 0).config.name
 
 
-def test_an_agent_that_needs_gradients_is_refused_where_there_are_none(tmp_path):
-    assert refusal(Job("basic", "", "draft", 0).config) is None
-    line = work(Job("pairs", "", "draft", 0), tmp_path)
-    assert "gradient" in line["refused"] and "error" not in line and "score" not in line
-
-
 def test_a_run_that_fails_is_a_line(tmp_path, monkeypatch):
     def broken(*_):
         raise ArithmeticError("two and\ntwo")
@@ -113,6 +107,11 @@ def small_judge(monkeypatch):
 
     monkeypatch.setattr(jobs_module, "judge_of", judge)
     return judge("few", "")
+
+
+def test_an_agent_that_needs_gradients_is_refused_where_there_are_none(tmp_path, small_judge):
+    line = work(Job("pairs", "", "draft", 0), tmp_path)
+    assert "gradient" in line["refused"] and "error" not in line and "score" not in line
 
 
 TIMES = ("seconds", "cpu_seconds")

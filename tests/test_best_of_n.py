@@ -25,7 +25,7 @@ from agents.best_of_n import BestOfN, candidates, keep_best, kl_bound
 from prefenv.envs import FlowVectorEnv
 from prefenv.errors import ConfigError
 from prefenv.evaluation import Judge
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 from prefenv.testing.probe import probe_env, right
 
 

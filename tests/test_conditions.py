@@ -24,9 +24,10 @@ from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.offline import make_samples, rounds
 from prefenv.optimum import energy_square, frontier, frontier_kl
 from prefenv.oracle import Oracle
-from prefenv.policy import FlowPolicy, collect
+from prefenv.policy import FlowPolicy
 from prefenv.registry import AGENTS, lookup
 from prefenv.reward import train_reward
+from prefenv.rollout import collect
 from prefenv.tasks import Classes, Task, TrainConfig, Vector
 from prefenv.tasks.conditions import from_texts, panels_of, to_text
 from prefenv.testing import check_oracle, check_vector_env
@@ -390,7 +391,7 @@ def make_probe(std=0.3, rows=64):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-@pytest.mark.parametrize("name", [n for n in AGENTS if n != "learned-reward"])
+@pytest.mark.parametrize("name", AGENTS)
 def test_agents_save_and_go_on_exactly(task, name, tmp_path):
     cls = quick(name)
 
@@ -413,9 +414,6 @@ def test_agents_save_and_go_on_exactly(task, name, tmp_path):
 
 
 def test_who_cannot_learn_conditions_says_so():
-    with pytest.raises(ConfigError, match="learned-reward cannot learn 'conditional-probe'"):
-        lookup("agent", "learned-reward")(make_probe())
-
     class OldSample(BestOfN):
         def sample(self, noise):
             return noise

@@ -13,7 +13,8 @@ from agents.dpok import Value, dpok_loss
 from agents.ppo import gaussian_kl, ppo_loss
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel
-from prefenv.policy import FlowPolicy, collect
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import collect
 from prefenv.testing.probe import ProbeVelocity, right
 
 

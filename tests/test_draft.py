@@ -15,8 +15,9 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.oracle import Oracle
-from prefenv.policy import FlowPolicy, collect
+from prefenv.policy import FlowPolicy
 from prefenv.registry import make_agent
+from prefenv.rollout import collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
 
 STEPS, ROWS = 6, 5

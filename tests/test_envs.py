@@ -21,8 +21,8 @@ from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel
 from prefenv.networks import GaussianVelocity, VelocityField
 from prefenv.oracle import Oracle
-from prefenv.policy import collect
 from prefenv.registry import make_oracle
+from prefenv.rollout import collect
 from prefenv.tasks.shapes import Shapes
 
 TASK = Shapes()

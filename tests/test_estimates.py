@@ -13,16 +13,15 @@ import torch
 from probes import Chain, Linear, Plain, euler_gain, gaussian, gaussian_kl
 from scipy import stats
 
+from prefenv.divergence import kl_divergence, path_kl, step_kl
 from prefenv.errors import ConfigError, NoLogProbError
 from prefenv.estimates import (
     frontier_kl_estimate,
     frontier_stderr,
     optimum_mean,
     optimum_resample,
-    path_kl,
-    step_kl,
 )
-from prefenv.evaluation import Judge, kl_divergence
+from prefenv.evaluation import Judge
 from prefenv.kernels import Kernel
 from prefenv.optimum import energy_distance, frontier, frontier_kl
 from prefenv.policy import FlowPolicy

@@ -16,8 +16,9 @@ from scipy import integrate, stats
 
 from oracles.s_curve import SCurve
 from prefenv.checkpoints import load_checkpoint
+from prefenv.divergence import chain_log_prob, kl_divergence
 from prefenv.errors import ConfigError
-from prefenv.evaluation import Judge, chain_log_prob, kl_divergence
+from prefenv.evaluation import Judge
 from prefenv.flow import normal_log_prob
 from prefenv.optimum import energy_distance, frontier, frontier_kl, optimum_samples, optimum_weights
 from prefenv.oracle import Oracle

@@ -15,8 +15,9 @@ from oracles.two_modes import TwoModes
 from prefenv import plotting
 from prefenv.checkpoints import load_checkpoint
 from prefenv.device import make_generator
+from prefenv.divergence import chain_log_prob, kl_divergence
 from prefenv.errors import ConfigError
-from prefenv.evaluation import Judge, chain_log_prob, kl_divergence
+from prefenv.evaluation import Judge
 from prefenv.flow import normal_log_prob
 from prefenv.networks import GaussianVelocity, MixtureVelocity
 from prefenv.optimum import frontier, frontier_kl

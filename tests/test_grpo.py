@@ -18,7 +18,7 @@ from prefenv.envs import FlowVectorEnv
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.kernels import Kernel, gaussian_log_prob
-from prefenv.policy import collect
+from prefenv.rollout import collect
 from prefenv.testing.probe import Probe, ProbeOracle, ProbeVelocity, probe_env
 
 

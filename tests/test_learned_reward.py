@@ -9,6 +9,7 @@ import pytest
 import torch
 from probes import left, noises, probe_agent, share
 
+from agents.learned_reward import softmax_among
 from agents.reward_model import (
     LENGTHS,
     PLAIN,
@@ -22,7 +23,7 @@ from agents.reward_model import (
     plain_factors,
     rebuild,
 )
-from prefenv.testing.probe import right
+from prefenv.testing.probe import ConditionalProbe, probe_env, right, turn
 
 F64 = torch.float64
 
@@ -256,3 +257,60 @@ def test_pool_is_the_same_after_a_restore():
     one.grow()
     one.restore(state).prepare()
     assert len(one.pool) == len(one.mixtures) == one.size, "going back leaves no later part"
+
+
+# Conditions
+
+
+def conditional(num_envs=64, **settings):
+    settings = {"pool": 480, "anchors": 32, "growth": 1, "lr": 5e-3, **settings}
+    env = probe_env(turn(1), num_envs, panel_size=4, task=ConditionalProbe())[0]
+    return probe_agent("learned-reward", env=env, quick=False, **settings)
+
+
+def test_softmax_among_is_a_softmax_of_each_label():
+    logit = torch.randn(60, generator=rng(), dtype=F64) * 300
+    label = torch.arange(60) % 3
+    got = softmax_among(logit, label)
+    for k in range(3):
+        torch.testing.assert_close(got[label == k], logit[label == k].softmax(0) / 3)
+    uneven = softmax_among(torch.zeros(4, dtype=F64), torch.tensor([0, 1, 1, 1]))
+    assert uneven.tolist() == [0.25] * 4, "equal rewards leave the pool as it is"
+
+
+def test_tilt_is_of_each_condition_by_itself():
+    """What one condition's samples earn more than another's moves no weight between them."""
+    agent = conditional()
+    agent.grow()
+    asked = agent.conditions[0]
+    assert torch.equal(asked, agent.drawn(0)) and set(asked.tolist()) == {0, 1, 2}
+    reward = torch.randn(32, generator=rng(), dtype=F64)
+    weight, share = agent.tilt(reward), asked.bincount() / len(asked)
+    each = torch.stack([weight[asked == k].sum() for k in range(3)])
+    torch.testing.assert_close(each, share.double())
+    inside = (agent.mixtures[0] @ reward / agent.beta)[asked == 1].softmax(0)
+    torch.testing.assert_close(weight[asked == 1] / each[1], inside)
+
+
+def test_samples_and_answers_keep_their_conditions():
+    agent = conditional().learn(64)
+    task = agent.env.task
+    for samples, asked in ((agent.pool[0], agent.conditions[0]), (agent.shown, agent.told)):
+        gap = (samples - task.centre(asked)).norm(dim=1)
+        assert float(gap.max()) < 5 * task.std, "in its own condition's cloud"
+    panels = agent.told.view(-1, 4)
+    assert torch.equal(panels, panels[:, :1].expand(-1, 4)), "a panel asks about one condition"
+    assert len(set(panels[:, 0].tolist())) == 3, "and all are asked about"
+
+
+def test_the_rest_of_a_panel_is_chosen_among_its_condition():
+    x, side = clusters(40)
+    anchors = kmeans(x, 8, rng())
+    z, square = rebuild(x, anchors), torch.cdist(x, anchors).square()
+    belief = Belief(torch.zeros(8, dtype=F64), torch.eye(8, dtype=F64), 0.1, torch.ones(0), z[:1])
+    picked = choose(belief, z, square, torch.zeros(40), 8, side, 4)
+    kinds = side[picked].view(2, 4)
+    assert torch.equal(kinds, kinds[:, :1].expand(2, 4)) and kinds[0, 0] != kinds[1, 0]
+    assert len(set(picked.tolist())) == 8
+    free = choose(belief, z, square, torch.zeros(40), 8)
+    assert len(set(side[free].view(2, 4)[0].tolist())) == 2, "without conditions both at once"

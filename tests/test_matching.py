@@ -7,7 +7,7 @@ import torch
 from probes import ROWS, noises, probe_agent, same, weights
 
 from prefenv.matching import Points, blend_, matching_error, row_mean
-from prefenv.policy import Rollout, collect
+from prefenv.rollout import Rollout, collect
 from prefenv.testing.probe import right
 
 NAMES = ["flow-dpo", "dspo", "kto", "mapo", "nft", "awm", "dgpo", "rwr"]

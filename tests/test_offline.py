@@ -18,8 +18,8 @@ from prefenv.feedback import FeedbackStore, Judgement, model_hash
 from prefenv.feedback.files import Feedback, dump, read_feedback, write_jsonl
 from prefenv.offline import make_samples, need_offline, origin, rounds, study
 from prefenv.packing import pack, unpack
-from prefenv.policy import collect
 from prefenv.registry import AGENTS, make_agent
+from prefenv.rollout import collect
 from prefenv.runs import RunConfig
 from prefenv.testing.probe import right
 

@@ -15,7 +15,8 @@ from prefenv.errors import ConfigError, NoLogProbError
 from prefenv.flow import RectifiedFlow, time_grid
 from prefenv.kernels import KERNELS, Kernel
 from prefenv.networks import GaussianVelocity, VelocityMLP
-from prefenv.policy import FlowPolicy, Rollout, collect
+from prefenv.policy import FlowPolicy
+from prefenv.rollout import Rollout, collect
 
 STEPS = 5
 KERNEL_CASES = [Kernel(name) for name in KERNELS] + [Kernel("flow-sde", window=(0.2, 0.6))]

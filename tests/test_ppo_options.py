@@ -14,7 +14,7 @@ from agents.d3po import d3po_loss, preferred_pairs
 from agents.ppo import advantages, gaussian_kl, ppo_loss
 from prefenv.errors import ConfigError
 from prefenv.kernels import Kernel
-from prefenv.policy import collect
+from prefenv.rollout import collect
 from prefenv.testing.probe import ProbeVelocity, probe_env, right
 
 OPTIONS = [(ratio, reduction) for ratio in ("step", "path") for reduction in ("sum", "mean")]

@@ -9,7 +9,7 @@ import torch
 from probes import ROWS, constant, left, noises, probe_agent, same, share, silent, weights
 
 from agents.rft import kept
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 
 
 def a_round(judgement, samples, panel_size=4):

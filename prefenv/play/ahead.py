@@ -25,8 +25,8 @@ from prefenv.envs import FlowVectorEnv
 from prefenv.errors import ConfigError
 from prefenv.play.course import Asked, Course, Person, same
 from prefenv.play.records import PlayConfig
-from prefenv.policy import Rollout
 from prefenv.registry import lookup, make_agent, make_task, parse
+from prefenv.rollout import Rollout
 
 
 class Ahead(Course):

@@ -99,7 +99,7 @@ CHECKS: dict[str, Callable[[Trial], str | None]] = {
     "saving": contract.saving,
     "silence": contract.silence,
     "single": contract.single,
-    "conditions": contract.conditions,
+    "conditions": learning.conditions,
     "model": learning.model,
     "direction": learning.direction,
     "ties": learning.ties,

@@ -16,8 +16,8 @@ from torch import Tensor
 from prefenv.agent import Agent, Requires
 from prefenv.errors import BudgetSpentError, ConfigError
 from prefenv.testing.data import ContractError, copied, difference, need
-from prefenv.testing.probe import ConditionalProbe, constant, probe_env, right, turn
-from prefenv.testing.trial import ROUNDS, ROWS, Run, Trial, noises
+from prefenv.testing.probe import constant, probe_env, right
+from prefenv.testing.trial import ROUNDS, Run, Trial, noises
 
 
 def bits(flow: torch.nn.Module) -> dict:
@@ -250,36 +250,6 @@ def single(trial: Trial) -> None:
                 "and the standard deviation of one value"
             ) from error
         need(finite, f"a round of one panel of {size}{what} made the samples NaN")
-
-
-def conditions(trial: Trial) -> str | None:
-    """On a task with conditions it learns what is wanted of each, or refuses it with a ``ConfigError``."""
-    task, noise, asked = ConditionalProbe(), noises(510), torch.arange(510) % 3
-
-    def learned(sign: float, seed: int, rounds: int) -> Tensor:
-        agent, _ = trial.make(seed=seed, answer=turn(sign), rows=2 * ROWS, task=task)
-        agent.learn(rounds * agent.env.num_envs)
-        samples = agent.sample(noise, asked)
-        need(bool(samples.isfinite().all()), "on a task with conditions the samples became NaN")
-        return samples
-
-    def aligned(seed: int, rounds: int) -> float:
-        """Which share of what opposite answers change lies in each condition's own direction."""
-        change = learned(1, seed, rounds) - learned(-1, seed, rounds)
-        told = task.toward(task.centre(asked) + change, asked) * task.std
-        return float(told.mean() / change.square().sum(1).mean().sqrt().clamp_min(1e-9))
-
-    for seeds, rounds in ((2, 3), (4, 12)):  # what is not clear at once gets a longer chance
-        try:
-            shares = [aligned(seed, rounds) for seed in range(seeds)]
-        except ConfigError:
-            return "for agents that learn tasks with conditions"
-        if not trial.moved or (min(shares) > 0 and sum(shares) / seeds > 0.4):
-            return None
-    raise ContractError(
-        "what is preferred under each condition does not become more frequent under it: conditions do not stay "
-        "with their samples; hand rollout.condition (transitions() has it too) to the model, shuffled alike"
-    )
 
 
 def budget(trial: Trial) -> None:

@@ -12,9 +12,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from prefenv.errors import ConfigError
 from prefenv.testing.data import ContractError, need
-from prefenv.testing.probe import Answer, ProbeVelocity, constant, left, right
-from prefenv.testing.trial import ROUNDS, Look, Trial, noises
+from prefenv.testing.probe import (
+    Answer,
+    ConditionalProbe,
+    ProbeVelocity,
+    constant,
+    left,
+    right,
+    turn,
+)
+from prefenv.testing.trial import ROUNDS, ROWS, Look, Trial, noises
 
 SEEDS, MANY = range(4), 64
 NOT_MOVED = "for agents that learn anything, see model"
@@ -261,3 +270,33 @@ def leash(trial: Trial) -> str | None:
         )
         return None
     return "for agents that learn from one panel"
+
+
+def conditions(trial: Trial) -> str | None:
+    """On a task with conditions it learns what is wanted of each, or refuses it with a ``ConfigError``."""
+    task, noise, asked = ConditionalProbe(), noises(510), torch.arange(510) % 3
+
+    def learned(sign: float, seed: int, rounds: int) -> Tensor:
+        agent, _ = trial.make(seed=seed, answer=turn(sign), rows=2 * ROWS, task=task)
+        agent.learn(rounds * agent.env.num_envs)
+        samples = agent.sample(noise, asked)
+        need(bool(samples.isfinite().all()), "on a task with conditions the samples became NaN")
+        return samples
+
+    def aligned(seed: int, rounds: int) -> float:
+        """Which share of what opposite answers change lies in each condition's own direction."""
+        change = learned(1, seed, rounds) - learned(-1, seed, rounds)
+        told = task.toward(task.centre(asked) + change, asked) * task.std
+        return float(told.mean() / change.square().sum(1).mean().sqrt().clamp_min(1e-9))
+
+    for seeds, rounds in ((2, 3), (4, 12)):  # what is not clear at once gets a longer chance
+        try:
+            shares = [aligned(seed, rounds) for seed in range(seeds)]
+        except ConfigError:
+            return "for agents that learn tasks with conditions"
+        if not trial.moved or (min(shares) > 0 and sum(shares) / seeds > 0.4):
+            return None
+    raise ContractError(
+        "what is preferred under each condition does not become more frequent under it: conditions do not stay "
+        "with their samples; hand rollout.condition (transitions() has it too) to the model, shuffled alike"
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefenv.agent import Agent, Metrics
 from prefenv.envs import FlowVectorEnv
-from prefenv.policy import Rollout
+from prefenv.rollout import Rollout
 from prefenv.testing.data import copied
 from prefenv.testing.probe import Answer, ProbeOracle, ProbeVelocity, probe_env, right
 

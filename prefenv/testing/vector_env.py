@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from torch import Tensor
 
-from prefenv.testing.data import ContractError, copied, difference, leaves, need, row_of, spoil
+from prefenv.testing.data import ContractError, copied, difference, need, row_of
+from prefenv.testing.playing import Act, actions_of, play
 
-Act = Callable[[VectorEnv, Any], Any]
 Start = Callable[[Any, int], dict[str, Any]]
 
 
@@ -58,7 +57,7 @@ def check_vector_env(
     env = make(num_envs)
     _check_spaces(env, num_envs)
     before = torch.get_rng_state()
-    run = _play(env, seed, act, max_steps=max_steps)
+    run = play(env, seed, act, max_steps=max_steps)
     untouched = torch.equal(before, torch.get_rng_state())
     observation, info = run[0]
     _check_data(observation, env.observation_space, "the observation of reset()")
@@ -84,63 +83,6 @@ def check_vector_env(
         env.close()
     except Exception as error:
         raise ContractError(f"closing twice must be harmless, but raised {error!r}") from error
-
-
-def _actions(env: VectorEnv, observation: Any, act: Act | None) -> Any:
-    """Actions of the kind of the observations (arrays or tensors)."""
-    if act is not None:
-        return act(env, observation)
-    action = env.action_space.sample()
-    _, like = next(leaves(observation))
-    return torch.as_tensor(action, device=like.device) if isinstance(like, Tensor) else action
-
-
-def _play(
-    env: VectorEnv,
-    seed: int | None,
-    act: Act | None,
-    *,
-    steps: int = 0,
-    max_steps: int = 0,
-    spoiling: bool = False,
-    first: Any = None,
-) -> list[Any]:
-    """Copies of what reset and the steps returned.
-
-    Args:
-        env: Who plays.
-        seed: Seed of the reset; None = go on from the observation ``first``.
-        act: As in ``check_vector_env``.
-        steps: Steps to play; 0 = until every row has finished, as long again, and one more.
-        max_steps: When to give up on that.
-        spoiling: Overwrite what was returned, and actions once they are used.
-        first: See ``seed``.
-    """
-    env.action_space.seed(seed or 0)
-    raw = [(first, {}) if seed is None else env.reset(seed=seed)]
-    kept = [copied(raw[0])]
-    finished = np.zeros(env.num_envs, bool)
-    while len(raw) <= (steps or max_steps):
-        action = _actions(env, raw[-1][0], act)
-        if spoiling:
-            spoil(raw[-1])
-        raw.append(env.step(action))
-        kept.append(copied(raw[-1]))
-        if spoiling:
-            spoil(action)
-        need(len(raw[-1]) == 5, "step() returns observation, reward, terminated, truncated, info")
-        _, _, terminated, truncated, _ = kept[-1]
-        finished |= np.asarray(terminated, bool) | np.asarray(truncated, bool)
-        if not steps and finished.all():
-            steps = 2 * (len(raw) - 1) + 1
-    need(steps, f"not every row ended in {max_steps} steps; end the episode or raise max_steps")
-    for i, (mine, then) in enumerate(zip(raw, kept, strict=True)):
-        path = None if spoiling else difference(copied(mine), then)
-        need(
-            path is None,
-            f"what call {i} returned{path} was changed by a later call: return a new array every time",
-        )
-    return kept
 
 
 def _check_spaces(env: VectorEnv, num_envs: int) -> None:
@@ -222,11 +164,11 @@ def _check_seeding(
     steps, first = len(run) - 1, run[0][0]
     twin = make(env.num_envs)
     for mend, again in (
-        ("draw everything from self.np_random", _play(env, seed, act, steps=steps)),
-        ("what make() returns must not share state", _play(twin, seed, act, steps=steps)),
+        ("draw everything from self.np_random", play(env, seed, act, steps=steps)),
+        ("what make() returns must not share state", play(twin, seed, act, steps=steps)),
         (
             "overwriting what was returned, or a used action, changed the env: keep copies inside",
-            _play(env, seed, act, steps=steps, spoiling=True),
+            play(env, seed, act, steps=steps, spoiling=True),
         ),
     ):
         path = difference(run, again)
@@ -251,14 +193,14 @@ def _check_seeding(
 def _check_pickle(env: VectorEnv, seed: int, act: Act | None, steps: int) -> None:
     observation, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
-    observation, *_ = env.step(_actions(env, observation, act))
+    observation, *_ = env.step(actions_of(env, observation, act))
     try:
         twin = pickle.loads(pickle.dumps(env))
     except Exception as error:
         raise ContractError(
             f"the env cannot be pickled ({error}): leave windows, files and lambdas out in __getstate__"
         ) from error
-    here, there = (_play(e, None, act, steps=steps, first=observation) for e in (env, twin))
+    here, there = (play(e, None, act, steps=steps, first=observation) for e in (env, twin))
     path = difference(here, there)
     need(path is None, f"a pickled env went on differently, at {path}: __getstate__ forgets state")
     twin.close()
@@ -293,7 +235,7 @@ def _check_single(
     for row in range(len(singles)):
         restart(observation, row, seed)
     for number in range(1, steps + 1):
-        actions = _actions(env, observation, act)
+        actions = actions_of(env, observation, act)
         observation, reward, terminated, truncated, info = env.step(actions)
         for row, single in enumerate(singles):
             seen, value, ended, cut, facts = single.step(row_of(actions, row))
