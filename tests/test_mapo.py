@@ -43,6 +43,18 @@ def test_the_stand_in_is_smooth_where_the_public_code_divides_zero_by_zero():
     assert bool(public.isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_far_from_the_mark_leave_value_and_gradient_finite(dtype):
+    """Errors like these come of a network that predicts the finished sample, near the data."""
+    z = torch.tensor([29.0, 31.0, 100.0, 1e3, 1e6], dtype=dtype, requires_grad=True)
+    value = likelihood_proxy(z, 1.0)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    exact = z.detach().double()
+    close(value.detach(), (exact * (-exact).exp() / -(-exact).expm1()).to(dtype), 1e-6)
+    close(slope[:2], ((1 - exact) * (-exact).exp()).to(dtype)[:2], 1e-6)
+    assert slope[2:].abs().max() < 1e-40 and bool(slope.isfinite().all())
+
+
 def test_it_never_asks_the_reference():
     agent = probe_agent("mapo")
     agent.learn(ROWS)
