@@ -22,7 +22,8 @@ from prefenv.testing.agent import CHECKS, FATAL
 from prefenv.testing.probe import right
 
 NAMES = list(CHECKS)
-# The long ones: test_agent_loop.py proves the same of every registered agent, and the slow test makes them all.
+# The long ones: test_agent_learning.py and test_agent_saving.py prove the same of every registered agent, and the
+# slow test makes them all.
 ELSEWHERE = ("direction", "seeds", "saving")
 
 

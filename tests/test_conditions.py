@@ -1,4 +1,4 @@
-"""Conditions through the house: spaces, resets, oracles, agents, matching, training, evaluation, files."""
+"""Conditions through the house: spaces, resets, oracles, networks, guidance, training, files."""
 
 from __future__ import annotations
 
@@ -8,30 +8,26 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
-from probes import Chain, euler_gain, gaussian_kl, noises, quick
+from probes import noises
 
-from agents.best_of_n import BestOfN
-from agents.pfm import PFM, transport_pairs, within
 from oracles.jury import Jury
 from oracles.teacher import Teacher
 from prefenv.envs import FlowEnv, FlowVectorEnv
 from prefenv.errors import ConfigError, FeedbackError
-from prefenv.evaluation import Judge
 from prefenv.feedback import FeedbackStore, Judgement
 from prefenv.feedback.files import dump
 from prefenv.flow import RectifiedFlow
 from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.offline import make_samples, rounds
-from prefenv.optimum import energy_square, frontier, frontier_kl
 from prefenv.oracle import Oracle
 from prefenv.policy import FlowPolicy
-from prefenv.registry import AGENTS, lookup
+from prefenv.registry import lookup
 from prefenv.reward import train_reward
 from prefenv.rollout import collect
 from prefenv.tasks import Classes, Task, TrainConfig, Vector
 from prefenv.tasks.conditions import from_texts, panels_of, to_text
 from prefenv.testing import check_oracle, check_vector_env
-from prefenv.testing.probe import ConditionalProbe, Toward, probe_env, turn
+from prefenv.testing.probe import ConditionalProbe, Toward, probe_env
 from prefenv.train import dropped, measure, train_reference
 
 TASKS = {"classes": ConditionalProbe(), "vector": ConditionalProbe(condition=Vector(2))}
@@ -326,213 +322,6 @@ def test_tasks_make_the_network_that_their_training_wants():
         assert isinstance(field, GuidedVelocity) == (drop > 0)
         assert field.plain().label.num_embeddings == labels
     assert field.weight == 2.0
-
-
-# Agents
-
-
-def test_matching_never_crosses_conditions():
-    g = torch.Generator().manual_seed(0)
-    c = torch.randint(3, (64,), generator=g)
-    source, target = torch.randn(64, 2, generator=g), torch.randn(64, 2, generator=g)
-    # The condition is written into the samples, far less than what the transport would gain by crossing.
-    source[:, 1], target[:, 1] = 0.01 * c, 0.01 * c
-    y0, y1 = transport_pairs(source, target, c)
-    assert torch.equal((100 * y0[:, 1]).round(), (100 * y1[:, 1]).round())
-    assert torch.equal(y0, source) and torch.equal(y1.sort(0).values, target.sort(0).values)
-    crossing = transport_pairs(source, target)
-    assert not torch.equal((100 * crossing[0][:, 1]).round(), (100 * crossing[1][:, 1]).round())
-    for i in range(3):
-        want = transport_pairs(source[c == i], target[c == i])[1]
-        assert torch.equal(y1[c == i], want), "the optimum within each condition"
-
-
-@every_task
-def test_partners_are_of_the_same_condition_evenly(task):
-    c = task.fixed_conditions()[:3]
-    source = c[torch.tensor([0, 1, 2, 0, 1, 0])]
-    wanted = c[torch.tensor([1, 0, 2])].repeat(3000, *[1] * (c.dim() - 1))
-    rows = within(source, wanted, torch.Generator().manual_seed(0))
-    assert torch.equal(source[rows], wanted)
-    share = rows.bincount(minlength=6) / 3000
-    for group in ([0, 3, 5], [1, 4], [2]):
-        assert share[group].tolist() == pytest.approx([1 / len(group)] * len(group), abs=0.04)
-
-
-@pytest.mark.parametrize("coupling", ["pair", "pool", "ot"])
-@pytest.mark.parametrize("source", ["reference", "rejected"])
-def test_pfm_keeps_sources_and_targets_of_one_condition(coupling, source, monkeypatch):
-    """Centres are far apart, so a pair that crossed conditions would be longer than any that did not."""
-    agent = PFM(make_probe(0.01), PFM.Config(coupling=coupling, source=source, updates=3), seed=0)
-    seen = []
-    monkeypatch.setattr(
-        "agents.pfm.pfm_loss", lambda v, u: seen.append(u) or (v - u).square().mean(1)
-    )
-    agent.learn(128)
-    assert len(seen) == 6 and max(float(u.norm(dim=1).max()) for u in seen) < 0.2
-
-
-def test_pool_rows_keep_their_condition():
-    task = ConditionalProbe(std=0.01)
-    for name, key in (
-        ("rft", "accepted"),
-        ("best-of-n", "samples"),
-        ("kto", "sample"),
-        ("pfm", "target"),
-    ):
-        agent = lookup("agent", name)(make_probe(0.01), seed=0).learn(128)
-        pool = agent.pool
-        gap = pool[key] - task.centre(pool["condition"])
-        assert len(gap) and float(gap.norm(dim=1).max()) < 0.1, name
-
-
-def make_probe(std=0.3, rows=64):
-    return probe_env(turn(1, std), rows, task=ConditionalProbe(std=std))[0]
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-@pytest.mark.parametrize("name", AGENTS)
-def test_agents_save_and_go_on_exactly(task, name, tmp_path):
-    cls = quick(name)
-
-    def env():
-        return make(
-            task, 8, max(4, cls.requires.panel_size), control=cls.control, kernel="flow-sde"
-        )
-
-    agent = cls(env(), seed=1).learn(8)
-    agent.save(tmp_path / "a.zip")
-    loaded = cls.load(tmp_path / "a.zip", env())
-    x, asked = noises(6), task.draw_conditions(6, torch.Generator().manual_seed(0))
-    for one in (agent, loaded):
-        one.learn(8)
-    assert torch.equal(agent.sample(x, asked), loaded.sample(x, asked))
-    assert bool(agent.sample(x, asked).isfinite().all())
-    observation, _ = agent.env.reset(seed=5)
-    action, _ = agent.predict(observation)
-    assert action.shape == observation["x"].shape and np.isfinite(action).all()
-
-
-def test_who_cannot_learn_conditions_says_so():
-    class OldSample(BestOfN):
-        def sample(self, noise):
-            return noise
-
-    with pytest.raises(ConfigError, match="a task with conditions"):
-        OldSample(make_probe())
-
-
-# Evaluation
-
-
-class Moved(VelocityField):
-    """The exact velocity of each condition's Gaussian, moved left by ``shift`` standard deviations."""
-
-    def __init__(self, task, shift):
-        super().__init__((2,))
-        self.field, self.shift = task.network(), shift
-
-    def forward(self, x, t, condition=None):
-        task = self.field.task
-        m = task.centre(condition)
-        by = self.shift * task.std * torch.stack([-m[:, 1], m[:, 0]], 1)
-        return self.field(x - t.reshape(-1, 1) * by, t, condition) + by
-
-
-def chain(task, shift):
-    return RectifiedFlow(Moved(task, shift))
-
-
-# Euler's 16 steps make the Gaussians narrower; in units of ``std``, the variance, and so the optimum's shift.
-NARROW = (euler_gain(0.3) / 0.3) ** 2
-
-
-class Model(Chain):
-    """Flows that are told the condition."""
-
-    def sample(self, noise, condition=None):
-        for flow in self.flows:
-            noise = FlowPolicy(flow, steps=self.steps).sample(noise, condition)
-        return noise
-
-
-@pytest.fixture(scope="module")
-def judge():
-    task = TASKS["classes"]
-    return Judge(chain(task, 0.0), task, Toward(task), n_reference=24_000, n=1200)
-
-
-def test_the_optimum_has_its_closed_form_under_each_condition(judge):
-    """``p*_c = N(m_c + std left / beta, std^2)``; pooled over conditions the shifts cancel."""
-    task, left = judge.task, judge.optimum_label
-    n = len(judge.optimum)
-    assert left.unique().tolist() == [0, 1, 2]
-    told = task.toward(judge.optimum, left)
-    assert float(told.mean()) == pytest.approx(NARROW, abs=5 / math.sqrt(n))
-    for c in range(3):
-        gap = judge.optimum[left == c].mean(0) - task.centre(torch.tensor(c))
-        a = 2 * math.pi * c / 3
-        want = NARROW * task.std * torch.tensor([-math.sin(a), math.cos(a)])
-        assert float((gap - want).norm()) < 5 * task.std / math.sqrt(n / 3)
-    assert judge.optimum_reward == pytest.approx(NARROW, rel=0.06)
-    assert judge.optimum_kl == pytest.approx(NARROW / 2, rel=0.1)
-    assert judge.optimum_score > 0.8
-
-
-def test_models_are_scored_condition_by_condition(judge):
-    task = judge.task
-    model = Model(chain(task, NARROW))
-    best = judge.evaluate(model)
-    cov = task.std**2 * torch.eye(2)
-    one = gaussian_kl(torch.tensor([NARROW * task.std, 0.0]), cov, torch.zeros(2), cov)
-    assert abs(best.kl_nats - one) < 3 * best.kl_stderr < 0.3
-    assert best.score > 0.8 and best.reward == pytest.approx(NARROW, abs=0.1)
-    assert best.frontier_kl_nats == pytest.approx(NARROW / 2, rel=0.2)
-    assert best.diversity == pytest.approx(1, abs=0.1)
-    same = judge.evaluate(Model(chain(task, 0.0)), kl=False)
-    assert abs(same.score) < 0.15 and same.frontier_kl_nats < 0.01
-
-    class Crossed(Model):
-        def sample(self, noise, condition=None):
-            return super().sample(noise, (condition + 1) % 3)
-
-    crossed = judge.evaluate(Crossed(chain(task, NARROW)), kl=False)
-    assert crossed.score < -1, "the same samples altogether, but of other conditions"
-
-
-def test_the_frontier_is_the_mean_over_conditions():
-    """Two conditions, two rewards each: ``R(b)`` and ``KL(b)`` by hand, not those of the pooled rewards."""
-    rewards, beta = torch.tensor([[0.0, 1.0], [4.0, 6.0]]), 0.8
-    reward, kl = frontier(rewards, torch.tensor([beta]))
-    want_r, want_kl = [], []
-    for low, high in rewards.tolist():
-        z = (math.exp(low / beta) + math.exp(high / beta)) / 2
-        r = (low * math.exp(low / beta) + high * math.exp(high / beta)) / (2 * z)
-        want_r.append(r)
-        want_kl.append(r / beta - math.log(z))
-    assert float(reward) == pytest.approx(sum(want_r) / 2)
-    assert float(kl) == pytest.approx(sum(want_kl) / 2)
-    assert frontier_kl(rewards, float(reward)) == pytest.approx(float(kl), rel=1e-6)
-    assert frontier_kl(rewards, 3.5) == math.inf and frontier_kl(rewards.flatten(), 3.5) < 1
-
-
-def test_vectors_are_evaluated_too():
-    task = TASKS["vector"]
-    judge = Judge(chain(task, 0.0), task, Toward(task), n_reference=8000, n=800)
-    assert judge.conditions.shape == (16, 2) and len(judge.noise) == 800
-    noise, asked = judge.shown(20)
-    assert torch.equal(asked[:16], judge.conditions) and len(noise.unique(dim=0)) == 20
-    assert judge.optimum_reward == pytest.approx(NARROW, abs=0.1)
-
-
-def test_energy_squares_are_unbiased_under_the_mean():
-    """Between alike samples they are positive and negative alike; a root of each would be biased up."""
-    g = torch.Generator().manual_seed(0)
-    squares = [
-        energy_square(torch.randn(40, 2, generator=g), torch.randn(40, 2, generator=g))
-        for _ in range(200)
-    ]
-    assert abs(np.mean(squares)) < 3 * np.std(squares) / math.sqrt(200) and min(squares) < 0
 
 
 # Files

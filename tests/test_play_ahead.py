@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from agents.reward_model import choose, condition
+from agents.reward_model import choose, conditioned
 from prefenv.errors import ConfigError, RunError
 from prefenv.feedback import Judgement, sample_id
 from prefenv.flow import RectifiedFlow
@@ -117,7 +117,7 @@ def test_the_variance_that_is_left_does_not_depend_on_the_answers():
     root = torch.randn(5, 5, generator=rng, dtype=torch.float64)
     c, z = root @ root.T, torch.randn(3, 5, generator=rng, dtype=torch.float64)
     gain = c @ z.T @ torch.linalg.inv(z @ c @ z.T + 0.3 * torch.eye(3, dtype=c.dtype))
-    torch.testing.assert_close(condition(c, z, 0.3), c - gain @ z @ c)
+    torch.testing.assert_close(conditioned(c, z, 0.3), c - gain @ z @ c)
 
 
 def test_a_choice_made_ahead_is_one_round_stale_and_no_more(tmp_path):

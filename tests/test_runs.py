@@ -68,7 +68,7 @@ def test_a_finished_run_is_read_not_repeated(tmp_path, judge):
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("agent", ["pfm", "ppo"])  # all others' saving: test_agent_loop.py
+@pytest.mark.parametrize("agent", ["pfm", "ppo"])  # all others' saving: test_agent_saving.py
 def test_an_interrupted_run_goes_on_and_comes_out_the_same(tmp_path, judge, agent, monkeypatch):
     monkeypatch.setattr("prefenv.runs._SAVE_SECONDS", 0.0)
     config = dataclasses.replace(SMALL, agent=agent)
