@@ -112,6 +112,7 @@ class LearnedReward(Agent):
         self.pool: list[Tensor] = []
         self.conditions: list[Tensor] = []  # of the pool's parts, where the task has conditions
         self.mixtures: list[Tensor] = []
+        self.believed: tuple[Tensor, Belief] | None = None  # and from which answers
 
     ahead: ClassVar[bool] = True  # the pool is the reference's
 
@@ -133,7 +134,12 @@ class LearnedReward(Agent):
 
     def asked(self, samples: Tensor) -> Tensor:
         """How often each sample of the pool's first part is among ``samples``, ``(pool,)``."""
-        return sum(((self.pool[0] == x).flatten(1).all(1).float() for x in samples), self.times * 0)
+        x, pool = samples.flatten(1), self.pool[0].flatten(1)
+        row, column = (x[:, :1] == pool[:, 0]).nonzero(
+            as_tuple=True
+        )  # few agree in the first number
+        found = column[(x[row] == pool[column]).all(1)]
+        return found.bincount(minlength=len(pool)).to(self.times)
 
     def ask(self, pending: Sequence[Rollout] = ()) -> Rollout:
         """Ask; no episode is played."""
@@ -239,10 +245,12 @@ class LearnedReward(Agent):
         return float((flat.var(0).sum() / told).sqrt())
 
     def believe(self) -> Belief:
-        """The reward as far as the answers tell."""
+        """The reward as far as the answers tell; until others come it is what it was."""
         self.prepare()
-        z = rebuild(self.points(self.shown, self.told), self.anchors)
-        return fit(self.factors, z, self.answers, self.prior)
+        if self.believed is None or self.believed[0] is not self.answers:
+            z = rebuild(self.points(self.shown, self.told), self.anchors)
+            self.believed = (self.answers, fit(self.factors, z, self.answers, self.prior))
+        return self.believed[1]
 
     def tilt(self, reward: Tensor) -> Tensor:
         """Self-normalised weights of the whole pool, from the reward at the anchors."""

@@ -162,7 +162,7 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
         write_atomic(notes, json.dumps(curve).encode())
         looking += time.process_time() - start
 
-    summary = align(config, folder, judge=judge, callback=look)
+    summary = align(config, folder, judge=judge, callback=look, picture=False)
     return {
         "budget": config.queries,
         **{key: summary[key] for key in KEPT},

@@ -178,6 +178,7 @@ def align(
     judge: Judge | None = None,
     progress: bool = False,
     callback: Callable[[Agent, dict[str, float]], Any] | None = None,
+    picture: bool = True,
 ) -> dict[str, Any]:
     """Run one agent to the end of its budget and write its directory.
 
@@ -187,6 +188,7 @@ def align(
         judge: What scores it; None = made here.
         progress: Show a bar on stderr.
         callback: Called after every round.
+        picture: Draw ``shapes.png`` at the end.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -228,8 +230,9 @@ def align(
             agent.env.desk.publish(agent, {})
             agent.learn(left, progress_bar=progress, callback=after)
     summary = _summary(config, agent, judge)
-    figure = shapes_figure(judge, {parse(config.agent)[0]: agent})
-    figure.savefig(folder / "shapes.png")
+    if picture:
+        figure = shapes_figure(judge, {parse(config.agent)[0]: agent})
+        figure.savefig(folder / "shapes.png")
     write_atomic(folder / "model.safetensors", pack(agent.state()))
     write_atomic(folder / "summary.json", _json(summary))
     for file in (state, *folder.glob(f".{state.name}.*")):  # a kill may leave a state half written

@@ -238,6 +238,25 @@ def test_tilt_is_self_normalised_importance():
     torch.testing.assert_close(weight, want / want.sum())
 
 
+def test_questions_are_counted_by_sample():
+    agent = small(num_envs=4)
+    agent.grow()
+    pool = agent.pool[0]
+    double = pool[5].clone()
+    double[1] += 1  # the same first number, another sample
+    counts = agent.asked(torch.stack([pool[3], pool[3], pool[7], double, pool[0] + 9]))
+    assert counts.nonzero().flatten().tolist() == [3, 7] and counts[[3, 7]].tolist() == [2, 1]
+
+
+def test_what_is_believed_follows_the_answers_and_a_restore():
+    agent = small(num_envs=4).learn(4)
+    one, state = agent.believe(), agent.state()
+    assert agent.believe() is one, "nothing was answered in between"
+    agent.learn(4)
+    assert not torch.equal(agent.believe().mean, one.mean)
+    torch.testing.assert_close(agent.restore(state).believe().mean, one.mean)
+
+
 def test_answers_that_agree_train_nothing_again():
     agent, seen = small(lambda p: right(p).round()), []
     agent.learn(2 * 64, callback=lambda _, m: seen.append(m))
