@@ -140,13 +140,13 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, small_judge, 
     whole = work(job, tmp_path / "whole")
     monkeypatch.setattr("prefenv.runs._SAVE_SECONDS", 0.0)
 
-    def stopped(config, folder, judge, callback):
+    def stopped(config, folder, judge, callback, picture):
         def after(agent, values):
             callback(agent, values)
             if agent.rounds == 2:
                 raise KeyboardInterrupt
 
-        return real(config, folder, judge=judge, callback=after)
+        return real(config, folder, judge=judge, callback=after, picture=picture)
 
     monkeypatch.setattr(jobs_module, "align", stopped)
     with pytest.raises(KeyboardInterrupt):
