@@ -4,7 +4,7 @@
     make report               of the committed rows, benchmarks/results/bench
 
 Writes ``report.md``, ``report.html`` and the figures. Of the repository's own results, the first figure and a
-short table go to the README, between its ``bench`` marks.
+short table go to the README, between its ``bench`` marks, and the table of all agents to theirs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks import agents_page
 from benchmarks.pages import update_readme
 from benchmarks.report_html import markdown, page, table_lines
 from benchmarks.report_rows import Bench, Described, bench, finite, read
@@ -98,6 +99,9 @@ def write(results: Path, out: Path, task: str | None = None) -> dict[str, Any]:
     readme = RESULTS.parents[1] / "README.md"
     if out.resolve() == RESULTS / "report" and readme.exists():
         update_readme(readme, *readme_lines(found), name="bench")
+        basic = [r for r in found.rows if r["experiment"] == "basic"]
+        if basic:
+            update_readme(readme.parent / "agents" / "README.md", *agents_page.table(basic))
     return {"agents": summary(found), "files": [str(out / name) for name in files]}
 
 
