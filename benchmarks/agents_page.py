@@ -83,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
     note = (
         f"Median (range) over {seeds} seeds of `basic`: {rows[0]['budget']:,} judged samples in panels of 4, all "
         f"with the same network, sampler and evaluation. *Queries to {LEVEL}*: judged samples after which the "
-        f"score was {LEVEL}, looked at after {looks} and at the end (*never*: in fewer than half of the seeds). Made by "
-        "`make report`."
+        f"score was {LEVEL}, looked at after {looks} and at the end (*never*: in fewer than half of the seeds). "
+        "Made by `make report`."
     )
     return lines, note
