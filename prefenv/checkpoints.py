@@ -33,8 +33,11 @@ class Checkpoint:
 
 
 def shipped(name: str, suffix: str = ".safetensors") -> Path:
-    """Where ``checkpoints/NAME.safetensors`` lies: inside an installed package, or beside it in the repository."""
-    for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints"):
+    """Where ``checkpoints/NAME.safetensors`` lies: in an installed package, beside it in the repository, or here.
+
+    Here, in the current folder, is where ``prefenv train`` writes.
+    """
+    for folder in (_HERE / "checkpoints", _HERE.parent / "checkpoints", Path("checkpoints")):
         path = folder / f"{name}{suffix}"
         if path.exists():
             return path

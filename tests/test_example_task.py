@@ -59,12 +59,13 @@ def test_example_task_is_trained_aligned_and_drawn(ring, tmp_path):
     assert [len(a.collections[0].get_offsets()) for a in figure.axes] == [400, 400]
 
 
-def test_a_task_without_a_name_is_aligned_by_its_module_and_class(ring, tmp_path):
-    path = tmp_path / "ring.safetensors"
+def test_a_task_without_a_name_is_aligned_by_its_module_and_class(ring, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where prefenv train writes is where its reference is looked for
+    path = tmp_path / "checkpoints" / "ring.safetensors"
     save_reference(path, train_reference(ring, TrainConfig(50, 64), seed=0, device="cpu"), ring)
     where = f"{type(ring).__module__}:Ring"
     TASKS.pop("ring")
-    config = RunConfig("best-of-n", task=f"{where}:samples=256", queries=64, checkpoint=str(path))
+    config = RunConfig("best-of-n", task=f"{where}:samples=256", queries=64, device="cpu")
     assert config.name.startswith("best-of-n-Ring-s0-")
     summary = align(config, tmp_path / config.name)
     assert (summary["env"], summary["queries"]) == ("prefenv/Ring-v0", 64)
