@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: setup ## Align the generator with an oracle and draw before and after, into runs/demo
-	$(BIN)/prefenv demo --out runs/demo $(if $(TASK),--task $(TASK)) $(ARGS)
+demo: setup ## Align the generator with an oracle and draw before and after, into runs/demo (runs/demo-TASK)
+	$(BIN)/prefenv demo $(if $(TASK),--task $(TASK)) $(ARGS)
 
 bench: setup ## Run what is missing of the committed benchmark (hours; it goes on where it was stopped)
 	$(BIN)/prefenv bench --suite full --out benchmarks/results/bench --work runs/bench $(ARGS)

@@ -68,7 +68,7 @@ class Demo:
     """Align all agents at one budget and draw what they make: one table, two figures.
 
     Args:
-        out: Folder of the table, the figures and the runs; finished runs in it are not repeated.
+        out: Folder of all that is made; finished runs in it are read. Default: runs/demo, or runs/demo-TASK.
         agents: Which agents; default: four that the task names.
         task: Task, by name.
         oracle: Oracle, by name; None = the task's own.
@@ -80,7 +80,7 @@ class Demo:
         json: Print the summaries as one JSON object, and nothing else, on stdout.
     """
 
-    out: Path = Path("runs/demo")
+    out: Path | None = None
     agents: tuple[str, ...] = ()
     task: str = "shapes"
     oracle: str | None = None
@@ -93,7 +93,7 @@ class Demo:
 
     def run(self) -> int:
         """Run it."""
-        from prefenv.demo import demo
+        from prefenv.demo import demo, folder_of
 
         task = make_task(self.task)
         agents = self.agents or task.demo.agents
@@ -108,12 +108,13 @@ class Demo:
             seed=self.seed,
             device=self.device,
         )
-        text, summaries = demo(self.out, agents, config, workers=self.workers)
+        out = self.out or folder_of(self.task)
+        text, summaries = demo(out, agents, config, workers=self.workers)
         if self.json:
             print(json.dumps({"runs": summaries}))
         else:
             print(text)
-            print(f"figures: {self.out / 'shapes.png'} and {self.out / 'frontier.png'}")
+            print(f"figures: {out / 'shapes.png'} and {out / 'frontier.png'}")
         return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -130,6 +131,12 @@ def table(summaries: list[dict[str, Any]], judge: Judge) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
+
+
+def folder_of(task: str) -> Path:
+    """Where a task's demo goes if nobody says otherwise: ``runs/demo``, of another task ``runs/demo-TASK``."""
+    other = "" if task == "shapes" else "-" + re.sub(r"\W+", "-", task)
+    return Path(f"runs/demo{other}")
 
 
 def demo(

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,8 @@ def sheet(
     ``labels`` name the rows, ``heads`` the columns.
     """
     columns = max(len(r) for r in rows)
-    margin = max(1.0, 0.085 * max(map(len, labels))) if labels else 0.0
+    wide = [TextPath((0, 0), label, size=10).get_extents().width / 72 for label in labels or ()]
+    margin = max(1.0, 0.2 + 1.06 * max(wide)) if wide else 0.0  # pixels make letters a little wider
     head = 0.3 if heads else 0.0
     high = head + size * len(rows)
     figure = Figure(figsize=(margin + size * columns, high))
@@ -68,7 +70,8 @@ def sheet(
             task.draw(axes, sample, color)
         if labels:
             y = bottom + line / 2
-            figure.text(left * 0.9, y, labels[i], ha="right", va="center", color=color, fontsize=10)
+            x = left * (1 - 0.1 / margin)
+            figure.text(x, y, labels[i], ha="right", va="center", color=color, fontsize=10)
     return figure
 
 

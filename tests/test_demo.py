@@ -11,7 +11,9 @@ import torch
 from matplotlib.image import imread
 
 from prefenv.cli import main
+from prefenv.demo import folder_of
 from prefenv.evaluation import Judge
+from prefenv.registry import names
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,14 @@ def test_demo_writes_a_table_and_two_figures(tmp_path, capsys, quick):
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert [r["agent"] for r in runs] == ["d3po", "ppo"]
     assert (tmp_path / "ppo" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_each_task_has_a_folder_of_its_own():
+    """``make demo`` and then ``make demo TASK=digits`` meet no run of the other."""
+    tasks = [*names("task"), "shapes:points=16", "clouds:points=16"]
+    folders = [folder_of(task) for task in tasks]
+    assert folders[0] == Path("runs/demo") and len(set(folders)) == len(tasks)
+    assert folders[-1] == Path("runs/demo-clouds-points-16")
 
 
 def test_a_failing_agent_is_one_line(tmp_path, capsys, quick):

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from prefenv import plotting
 from prefenv.tasks.shapes import Shapes
@@ -84,6 +85,14 @@ def test_a_sheet_has_a_row_for_each_group_and_a_cell_for_each_sample(shapes):
     plain = plotting.sheet(TASK, [shapes[:2]], [plotting.BLUE])
     np.testing.assert_allclose(plain.get_size_inches(), (1.7, 0.85))
     assert not plain.texts
+
+
+def test_long_labels_lie_within_the_sheet_and_off_the_samples(shapes):
+    sheet = plotting.sheet(TASK, [shapes[:2]] * 2, ["r", "g"], ["learned-reward", "m" * 30])
+    FigureCanvasAgg(sheet).draw()
+    for text, axes in zip(sheet.texts, sheet.axes[::2], strict=True):
+        box = text.get_window_extent()
+        assert 0 < box.x0 < box.x1 < axes.get_window_extent().x0
 
 
 @pytest.mark.parametrize(
