@@ -5,8 +5,8 @@ network, the budget and the settings stay the same. The network, 256 wide, predi
 that predicts the velocity has to carry 512 dimensions of noise through itself, and fails (measured: residual 0.32
 instead of 0.02 at 128 points).
 
-Found so far (one seed, a hint only): from 32 to 512 dimensions no method breaks down. ``best-of-n`` (0.98 to 0.99),
-``learned-reward`` (0.97 to 0.98), ``rft`` and ``awm`` do not change; ``ppo`` slides from 0.90 to 0.77.
+Found so far (one seed, a hint only): from 32 to 512 dimensions no method breaks down. ``best-of-n`` (0.98 to
+0.99), ``learned-reward`` (0.97 to 0.98), ``rft`` and ``awm`` do not change; ``ppo`` slides from 0.90 to 0.77.
 """
 
 from benchmarks.experiments import Experiment
