@@ -9,7 +9,7 @@ from benchmarks import report_curves as curves
 from benchmarks import report_figures as figures
 from benchmarks import report_tables as tables
 from benchmarks.report_html import Figure, Section
-from benchmarks.report_rows import Bench
+from benchmarks.report_rows import STEPS, Bench
 from benchmarks.report_style import style, svg
 
 
@@ -95,7 +95,8 @@ def details(bench: Bench, frontiers: Mapping[str, Any]) -> list[Section]:
         "Medians over the runs of the first variant, with 1.96 standard errors of the KL. Nothing can lie in the "
         "shaded region beyond the frontier, but for its own error, the band. Hollow: the agent has no likelihood, "
         "and its KL is at most this. "
-        "Dotted: the reference's reward. Runs above the frontier by more than their KL's error: "
+        "Dotted: the reference's reward. Runs above the frontier by more than their KL's error (1.96 standard "
+        f"errors, and {STEPS} nats for the integrator's steps): "
         f"{len(bench.above_frontier)}."
     )
     drawn = figure("reward-kl", alt, curves.reward_against_kl(bench, frontiers))

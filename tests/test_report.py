@@ -14,7 +14,7 @@ import pytest
 from bench_rows import VARIANTS, experiments, failed, frontier, row, rows
 from scipy import stats
 
-from benchmarks import report, report_curves, report_figures, report_rows, report_style
+from benchmarks import agents_page, report, report_curves, report_figures, report_rows, report_style
 from benchmarks import report_tables as tables
 from benchmarks.report_html import inline, page
 from benchmarks.report_sections import figure
@@ -162,8 +162,8 @@ def test_learning_curves_join_the_points_of_every_run():
 def test_runs_above_the_frontier_are_told():
     rng = np.random.default_rng(0)
     fine, above = (row("basic", "", "ppo", seed, 0.5, rng) for seed in (0, 1))
-    above |= {"kl_nats": above["frontier_kl_nats"] - 0.1, "kl_stderr": 0.05}
-    near = {**above, "seed": 2, "kl_stderr": 0.06}
+    above |= {"kl_nats": above["frontier_kl_nats"] - 0.2, "kl_stderr": 0.05}
+    near = {**above, "seed": 2, "kl_stderr": 0.06}  # 0.1 of it are the integrator's
     got = report_rows.bench([fine, above, near], experiments(["basic"]))
     assert got.above_frontier == [above]
     assert [r[0] for r in tables.frontier_table(got).rows] == [f"`{above['name']}`"]
@@ -448,12 +448,17 @@ def test_own_results_go_to_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\nstale\n<!-- /bench -->\nafter\n")
+    page = tmp_path / "agents" / "README.md"
+    page.parent.mkdir()
+    page.write_text("<!-- results -->stale<!-- /results -->\n")
     report.write(results, tmp_path / "benchmarks" / "results" / "report")
     text = readme.read_text()
     assert text.startswith("before\n<!-- bench -->") and text.endswith("<!-- /bench -->\nafter\n")
     assert "stale" not in text and "(benchmarks/results/report/radar.svg)" in text
     e = found.overall["ppo"]
     assert f"| `ppo` | {e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" in text
+    basic = [r for r in few if r["experiment"] == "basic"]
+    assert agents_page.line(basic, "ppo") in page.read_text() and "stale" not in page.read_text()
 
 
 def test_the_experiments_are_asked_for_their_names_questions_and_variants():
