@@ -135,9 +135,8 @@ class LearnedReward(Agent):
     def asked(self, samples: Tensor) -> Tensor:
         """How often each sample of the pool's first part is among ``samples``, ``(pool,)``."""
         x, pool = samples.flatten(1), self.pool[0].flatten(1)
-        row, column = (x[:, :1] == pool[:, 0]).nonzero(
-            as_tuple=True
-        )  # few agree in the first number
+        # Few agree in the first number; only those are compared.
+        row, column = (x[:, :1] == pool[:, 0]).nonzero(as_tuple=True)
         found = column[(x[row] == pool[column]).all(1)]
         return found.bincount(minlength=len(pool)).to(self.times)
 

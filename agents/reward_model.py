@@ -239,14 +239,11 @@ def choose(
     far, home = 2 * float(square.max()) + 1, square.argmin(1)
     for i in range(count):
         value, cost = c.square().sum(1) / (c.diag() + belief.noise), far * times
-        if (
-            label is not None and i % panel
-        ):  # the rest of a panel: samples of its condition, and their anchors
+        if label is not None and i % panel:
+            # The rest of a panel: samples of its condition, and the anchors where they are at home.
             same = label == label[chosen[-1]]
-            value = value.where(
-                torch.zeros_like(value).index_fill(0, home[same], 1) > 0, -torch.inf
-            )
-            cost = cost.where(same, torch.inf)
+            near = torch.zeros_like(value, dtype=torch.bool).index_fill(0, home[same], True)
+            value, cost = value.where(near, -torch.inf), cost.where(same, torch.inf)
         anchor = int(value.argmax())
         pick = int((square[:, anchor] + cost).argmin())
         chosen.append(pick)

@@ -22,9 +22,8 @@ from prefenv.errors import RunError
 
 Row = dict[str, Any]
 NOTHING = Estimate(math.nan, math.nan, math.nan)
-STEPS = (
-    0.1  # nats that a KL may be off by its integrator: references are 0.01 to 0.08 from themselves
-)
+# Nats that a KL may be off by its integrator's steps: references are 0.01 to 0.08 from themselves.
+STEPS = 0.1
 
 
 @dataclass(frozen=True)
