@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ class LearnedReward(Agent):
             part = len(self.pool)
             condition = self.drawn(part)
             sample = self.env.policy(self.reference).sample(self.noise(part), condition)
-            if not self.pool:
+            if not self.pool and condition is not None:
                 self.unit = self.weigh(sample, condition)
             flat = self.points(sample, condition)
             if not self.pool:
@@ -235,13 +235,11 @@ class LearnedReward(Agent):
             return flat
         return torch.cat([flat, self.unit * kind.features(condition)], 1)
 
-    def weigh(self, samples: Tensor, condition: Tensor | None) -> float:
+    def weigh(self, samples: Tensor, condition: Tensor) -> float:
         """The unit of conditions in which they vary as much as samples do."""
-        flat, kind = self.env.task.embed(samples), self.env.task.condition
-        if kind is None or condition is None:
-            return 1.0
+        kind: Any = self.env.task.condition
         told = kind.features(condition).var(0).sum().clamp_min(1e-12)
-        return float((flat.var(0).sum() / told).sqrt())
+        return float((self.env.task.embed(samples).var(0).sum() / told).sqrt())
 
     def believe(self) -> Belief:
         """The reward as far as the answers tell; until others come it is what it was."""

@@ -23,10 +23,8 @@ from prefenv.matching import Points, matching_error
 def likelihood_proxy(error: Tensor, a: float) -> Tensor:
     """``f(e) = a e / (exp(a e) - 1)``, 1 at ``e = 0``."""
     z = a * error
-    small, large = (
-        z < 1e-4,
-        z > 30.0,
-    )  # there exp(z) swamps the 1, and later overflows: its gradient would be NaN
+    # Where z is large exp(z) swamps the 1, and later overflows: its gradient would be NaN.
+    small, large = z < 1e-4, z > 30.0
     safe = torch.where(small | large, 1.0, z)
     ratio = torch.where(large, z * (-z).exp(), safe / safe.expm1())
     return torch.where(small, 1 - z / 2 + z.square() / 12, ratio)

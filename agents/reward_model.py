@@ -236,13 +236,14 @@ def choose(
         panel: So many in a row are a panel.
     """
     c, times, chosen = belief.covariance.clone(), times.clone(), []
-    far, home = 2 * float(square.max()) + 1, square.argmin(1)
+    far = 2 * float(square.max()) + 1
     for i in range(count):
         value, cost = c.square().sum(1) / (c.diag() + belief.noise), far * times
         if label is not None and i % panel:
             # The rest of a panel: samples of its condition, and the anchors where they are at home.
             same = label == label[chosen[-1]]
-            near = torch.zeros_like(value, dtype=torch.bool).index_fill(0, home[same], True)
+            near = torch.zeros_like(value, dtype=torch.bool)
+            near[square[same].argmin(1)] = True
             value, cost = value.where(near, -torch.inf), cost.where(same, torch.inf)
         anchor = int(value.argmax())
         pick = int((square[:, anchor] + cost).argmin())

@@ -1,4 +1,4 @@
-"""The demo's table and figures, and that the README tells what the results say."""
+"""The demo's table, figures and folders, and the README's example."""
 
 from __future__ import annotations
 
