@@ -1,6 +1,7 @@
 """Where runs are done: processes of this machine, or a Ray cluster. Both yield what begins and what is done.
 
-An engine takes jobs and a function ``work(job) -> line`` and yields ``(job, None)`` when one begins and
+An engine takes jobs (a benchmark's, a tuning's: whatever says what its line begins with) and a function
+``work(job) -> line`` and yields ``(job, None)`` when one begins and
 ``(job, line)`` when it is done, each job exactly once. A worker that dies costs its run a second try, and after
 that the line says so; the other runs go on.
 """
@@ -15,15 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from benchmarks.jobs import Job
 from prefenv.errors import ConfigError
 
 Line = dict[str, Any]
-Work = Callable[[Job], Line]
-Events = Iterator[tuple[Job, Line | None]]
 TRIES = 2
+
+
+class Job(Protocol):
+    """A run to do. It must have a hash, and survive pickling."""
+
+    def head(self) -> Line:
+        """What its line begins with, also where the run never came back."""
+        ...
+
+
+J = TypeVar("J", bound=Job)
 
 
 def _watch(parent: int) -> None:
@@ -37,7 +46,9 @@ def _watch(parent: int) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def local(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events:
+def local(
+    work: Callable[[J], Line], jobs: Iterable[J], workers: int | None = None
+) -> Iterator[tuple[J, Line | None]]:
     """Processes of this machine.
 
     Args:
@@ -50,7 +61,7 @@ def local(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events
     while waiting:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(count, context, _watch, (os.getpid(),))
-        running: dict[Future[Line], tuple[Job, int]] = {}
+        running: dict[Future[Line], tuple[J, int]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < count:
@@ -73,7 +84,9 @@ def local(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def on_ray(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Events:
+def on_ray(
+    work: Callable[[J], Line], jobs: Iterable[J], workers: int | None = None
+) -> Iterator[tuple[J, Line | None]]:
     """A Ray cluster: the one that runs here (``ray start --head``), or a new one of this machine alone.
 
     Args:
@@ -95,7 +108,7 @@ def on_ray(work: Work, jobs: Iterable[Job], workers: int | None = None) -> Event
         _connect(ray)
 
     @ray.remote(num_cpus=1, max_retries=TRIES)  # a run whose node died is repeated on another
-    def remote(job: Job) -> Line:
+    def remote(job: J) -> Line:
         return work(job)
 
     waiting, running = deque(jobs), {}
@@ -132,4 +145,4 @@ def _died(job: Job, how: str) -> Line:
     return {**job.head(), "error": f"the run did not come back: {how}"}
 
 
-ENGINES: dict[str, Callable[..., Events]] = {"local": local, "ray": on_ray}
+ENGINES = {"local": local, "ray": on_ray}

@@ -12,15 +12,19 @@ tell smaller differences. The log keeps what the defaults were.
 
 from __future__ import annotations
 
+import functools
+import json
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
+from tqdm import tqdm
 
-from benchmarks.pool import gather
+from benchmarks.engines import local
 from prefenv.evaluation import Judge
 from prefenv.registry import agent_config, make_agent
 from prefenv.runs import RunConfig
@@ -86,15 +90,45 @@ def draw(agent: str, trial: int) -> dict[str, float]:
     return found
 
 
-def run(judge: Judge, agent: str, trial: int, seed: int, queries: int) -> dict[str, Any]:
-    """One run of a trial."""
-    settings, config = draw(agent, trial), agent_config(agent)
+@dataclass(frozen=True)
+class Trial:
+    """One run: an agent's settings, a seed and a budget."""
+
+    agent: str
+    trial: int
+    seed: int
+    queries: int
+
+    def head(self) -> dict[str, Any]:
+        """What its line begins with, and is known by."""
+        return {"task": list(astuple(self))}
+
+
+@functools.cache
+def judge() -> Judge:
+    """What scores them, made once a process."""
+    return RunConfig().judge()
+
+
+def work(task: Trial) -> dict[str, Any]:
+    """Do a run; its line of the log."""
+    torch.set_num_threads(1)
+    try:
+        return {**task.head(), **run(task)}
+    except Exception as error:  # one crash is a result, and not the end of the others
+        return {**task.head(), "error": f"{type(error).__name__}: {error}"}
+
+
+def run(task: Trial) -> dict[str, Any]:
+    """Learn with a trial's settings, and measure."""
+    agent, seed, queries = task.agent, task.seed, task.queries
+    settings, config = draw(agent, task.trial), agent_config(agent)
     text = f"{agent}:{','.join(f'{k}={v}' for k, v in settings.items())}" if settings else agent
     model = make_agent(
         text, RunConfig(agent=text, queries=queries, seed=seed).make_env(), seed=seed
     )
     model.learn(queries)
-    result = judge.evaluate(model, kl=False)
+    result = judge().evaluate(model, kl=False)
     return {
         "settings": settings,
         "defaults": {k: getattr(config, k) for k in SPACE[agent]},
@@ -103,6 +137,25 @@ def run(judge: Judge, agent: str, trial: int, seed: int, queries: int) -> dict[s
         "residual_ratio": result.residual / result.reference_residual,
         "seconds": model.env.ledger.seconds,
     }
+
+
+def gather(tasks: list[Trial], log: Path, workers: int | None) -> list[dict[str, Any]]:
+    """All lines of the log, after the runs that it did not hold; each is kept as it comes."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = [row["task"] for row in rows]
+    todo = [task for task in tasks if task.head()["task"] not in done]
+    if not todo:
+        return rows
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out, tqdm(total=len(todo), unit="run") as bar:
+        for _, row in local(work, todo, workers):
+            if row is not None:
+                rows.append(row)
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                bar.update()
+    return rows
 
 
 def best(rows: list[dict[str, Any]]) -> dict[int, tuple[float, bool]]:
@@ -149,12 +202,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def main(args: Args) -> None:
     """Run what is missing, and write the table."""
     wanted = [
-        (agent, trial, seed, args.queries)
+        Trial(agent, trial, seed, args.queries)
         for agent in args.agents
         for trial in range(args.trials)
         for seed in SEEDS
     ]
-    rows = gather(run, wanted, args.log, args.workers)
+    rows = gather(wanted, args.log, args.workers)
     text = [
         "# How the defaults were tuned",
         "",
