@@ -110,7 +110,7 @@ class HilDD(Agent):
             data, kind = self.env.task.data(cfg.data_batch, self.data_generator)
             data, kind = data.to(self.device), None if asked is None else kind.to(self.device)
             x0 = self.noise_like(data)
-            t = stratified_uniform(len(data), self.generator)
+            t = self.times_of(data)
             f = cfg.data_weight * self.model.residual(x0, data, t, kind).mean()
             d = self.residuals(noise, sample, asked).view_as(label)
             g = listwise_loss(d, label, cfg.temperature)
@@ -121,6 +121,10 @@ class HilDD(Agent):
     def noise_like(self, x: Tensor) -> Tensor:
         """The noises that real samples ``x`` are matched from."""
         return torch.randn(x.shape, generator=self.generator, device=self.device)
+
+    def times_of(self, x: Tensor) -> Tensor:
+        """The times that real samples ``x`` are matched at."""
+        return stratified_uniform(len(x), self.generator)
 
     def residuals(self, noise: Tensor, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         """``d_k`` of each pair, ``(n,)``: the flow residual averaged over the times below the horizon."""

@@ -88,7 +88,7 @@ def screens(task: Any, n: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 class Toy(HilDD):
-    """``hil-dd`` with the toy's noises: each batch of them is scaled to [-1, 1] as a whole.
+    """``hil-dd`` with the toy's own draws: noises scaled to [-1, 1] a batch at a time, times drawn one by one.
 
     Screens of four thus start from a standard deviation of 0.28, and the 256 real clouds of the barrier from 0.22,
     near the 0.23 that the network was trained from.
@@ -102,6 +102,9 @@ class Toy(HilDD):
 
     def noise_like(self, x: Tensor) -> Tensor:
         return screens(self.env.task, 1, len(x), self.generator)
+
+    def times_of(self, x: Tensor) -> Tensor:
+        return torch.rand(len(x), generator=self.generator, device=self.device)
 
 
 class Heard(SCloud):
