@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefenv.checkpoints import load_checkpoint
-from prefenv.cli import Train
+from prefenv.cli_run import Train
 from prefenv.errors import NonFiniteError
 from prefenv.registry import make_task, names
 from prefenv.tasks import TrainConfig
