@@ -71,8 +71,8 @@ def test_committed_course_is_that_of_the_toys_code():
     """At the toy's own settings: near the two courses that its code took, panel by panel."""
     rows = [json.loads(x) for x in (RESULTS / "clouds.jsonl").read_text().splitlines()]
     mine = [r for r in rows if r["agent"] == "hil-dd" and r["steps"] == 100]
-    assert {r["seed"] for r in mine} >= {0, 1}
+    assert {r["seed"] for r in mine} == set(range(5))
     for k in range(clouds.PANELS + 1):
         theirs = [course[k] for course in clouds.ORIGINAL.values()]
         got = [r["s_rate"] for r in mine if r["informative"] == k]
-        assert min(theirs) - 0.2 <= sum(got) / len(got) <= max(theirs) + 0.2, k
+        assert min(theirs) - 0.16 <= sum(got) / len(got) <= max(theirs) + 0.16, k
