@@ -22,7 +22,9 @@ from torch import Tensor
 from prefenv.errors import ConfigError
 from prefenv.optimum import optimum_weights
 
-LEAST_SIZE = 100.0  # effective samples below which an importance estimate says nothing
+LEAST_SIZE = (
+    100.0  # effective samples below which an importance estimate, and its error, say nothing
+)
 
 
 def frontier_kl_estimate(
@@ -31,34 +33,44 @@ def frontier_kl_estimate(
     """The least KL in nats at which the mean reward can be ``reward``, and its standard error.
 
     Args:
-        rewards: Of independent reference samples, ``(n,)``.
+        rewards: Of independent reference samples ``(n,)``, or of ``(C, n)``, those of each condition in a row.
         reward: The mean reward; at or below the reference's own the KL is 0, without error.
         reward_stderr: Standard error of ``reward``, from samples of its own.
 
     Returns:
-        KL and its standard error; both infinite above the largest reward seen.
+        KL and its standard error; the error is infinite where the weights rest on too few samples, and both are
+        above the largest reward seen.
     """
-    r = rewards.double()
+    r = torch.atleast_2d(rewards.double())
     if reward <= float(r.mean()):
         return 0.0, 0.0
-    if reward >= float(r.max()):
+    if reward >= float(r.amax(1).mean()):
         return math.inf, math.inf
     low, high = -9.0, 9.0  # log10 of l; the tilted mean rises with it
     for _ in range(100):
         middle = (low + high) / 2
-        at = float((r * 10.0**middle).softmax(0) @ r)
+        at = float(((r * 10.0**middle).softmax(1) * r).sum(1).mean())
         low, high = (middle, high) if at < reward else (low, middle)
-    tilt = 10.0**low
-    weight = (r * tilt).softmax(0) * len(r)
-    kl = tilt * reward - float((r * tilt).logsumexp(0)) + math.log(len(r))
-    return kl, math.hypot(float(weight.std()) / math.sqrt(len(r)), tilt * reward_stderr)
+    tilt, n = 10.0**low, r.shape[1]
+    weight = (r * tilt).softmax(1)
+    kl = tilt * reward - float((r * tilt).logsumexp(1).mean()) + math.log(n)
+    if float(_sizes(weight).min()) < LEAST_SIZE:
+        return kl, math.inf
+    own = float((n * weight).var(1).div(n).sum().sqrt()) / len(r)
+    return kl, math.hypot(own, tilt * reward_stderr)
+
+
+def _sizes(weight: Tensor) -> Tensor:
+    """Effective sample sizes of weights ``(..., n)`` of sum 1."""
+    return 1 / weight.square().sum(-1)
 
 
 def frontier_stderr(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
     """Standard errors of ``prefenv.optimum.frontier``'s mean rewards and KLs, each ``(len(betas),)``.
 
     The influence of one sample is ``w (r - R)`` on the reward and ``l w (r - R) - (w - 1)`` on the KL. Of rewards
-    ``(C, n)``, those of each condition in a row, the errors are those of the means over conditions.
+    ``(C, n)``, those of each condition in a row, the errors are those of the means over conditions. Infinite where
+    the weights rest on too few samples: there the errors would fall to 0, and the frontier with them.
     """
     if rewards.dim() == 2:
         each = torch.stack([torch.stack(frontier_stderr(row, betas)) for row in rewards])
@@ -68,7 +80,8 @@ def frontier_stderr(rewards: Tensor, betas: Tensor) -> tuple[Tensor, Tensor]:
     weight = (r * tilt).softmax(1) * len(r)
     moved = weight * (r - (weight * r).mean(1, keepdim=True))
     influence = torch.stack([moved, tilt * moved - (weight - 1)])
-    reward, kl = influence.std(-1) / math.sqrt(len(r))
+    few = _sizes(weight / len(r)) < LEAST_SIZE
+    reward, kl = (influence.std(-1) / math.sqrt(len(r))).masked_fill(few, math.inf)
     return reward, kl
 
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from prefenv.device import make_generator
 from prefenv.divergence import kl_divergence
 from prefenv.errors import ConfigError
-from prefenv.estimates import frontier_stderr
+from prefenv.estimates import frontier_kl_estimate, frontier_stderr
 from prefenv.flow import RectifiedFlow
-from prefenv.optimum import energy_square, frontier, frontier_kl, optimum_samples, optimum_weights
+from prefenv.optimum import energy_square, frontier, optimum_samples, optimum_weights
 from prefenv.oracle import ScriptedOracle, scored
 from prefenv.policy import FlowPolicy
 from prefenv.tasks import Task
@@ -60,23 +60,27 @@ class Evaluation:
         reference_preferred_rate: Share of the reference's samples that the oracle accepts.
         preferred_rate: The same of the model.
         reward: Mean true score of the model's samples.
+        reward_stderr: Its standard error.
         score: ``1 - D(B, p*) / D(A, p*)``, D the energy distance: 0 = the reference, 1 = the optimum.
-        optimum_score: The score of ``p*`` against itself, two independent sets: what sampling noise leaves.
+        optimum_score: The score of one further set of samples of ``p*``, at most 1.
         beta: Temperature of ``p*``.
         kl_nats: ``KL(B || A)``; NaN where the model has no likelihood (it selects, or steers the noise).
         kl_stderr: Its standard error.
         kl_bound_nats: What ``KL(B || A)`` is at most, where the model knows that without a likelihood, else NaN.
         frontier_kl_nats: The least KL at the model's mean reward.
+        frontier_kl_stderr: Its standard error, the reward's among it; infinite where too few of the reference's
+            samples have such rewards.
         residual: Median residual of the model's samples.
         reference_residual: The same of the reference.
         diversity: Mean distance between accepted samples, relative to that of ``p*``'s accepted samples; 1 = as
             diverse, NaN where ``p*`` has none.
-        optimum_effective_size: Effective sample size behind ``p*``.
+        optimum_effective_size: Effective sample size behind ``p*``, of the condition that has the least.
     """
 
     reference_preferred_rate: float
     preferred_rate: float
     reward: float
+    reward_stderr: float
     score: float
     optimum_score: float
     beta: float
@@ -84,6 +88,7 @@ class Evaluation:
     kl_stderr: float
     kl_bound_nats: float
     frontier_kl_nats: float
+    frontier_kl_stderr: float
     residual: float
     reference_residual: float
     diversity: float
@@ -147,7 +152,7 @@ class Judge:
         other = torch.cat([x[h : 2 * h] for x, h in zip(chosen, half, strict=True)])
         self.optimum_label = self._labels(half)
         weights = [optimum_weights(r, self.beta) for _, r in cases]
-        self.effective_size = sum(size for _, size in weights)
+        self.effective_size = min(size for _, size in weights)
         means = [float((w * r).sum()) for (w, _), (_, r) in zip(weights, cases, strict=True)]
         self.optimum_reward = sum(means) / count
         self.optimum_kl = float(frontier(self.table(), torch.tensor([self.beta]))[1])
@@ -213,21 +218,25 @@ class Judge:
         accepted = rewards >= self.oracle.threshold
         nats, stderr, flows = math.nan, math.nan, model.chain()
         if kl and flows:
-            n = self.task.samples // 64
+            n = max(self.task.samples // 64, 8)
             nats, stderr = kl_divergence(flows, self.reference, n, conditions=self.conditions)
         reward = float(rewards.double().mean())
+        reward_stderr = float(rewards.double().std() / math.sqrt(len(rewards)))
+        least, least_stderr = frontier_kl_estimate(self.table(), reward, reward_stderr)
         spread = self._spread(samples[accepted], rows_of(self.noise_label, accepted))
         return Evaluation(
             reference_preferred_rate=float((self.rewards >= self.oracle.threshold).double().mean()),
             preferred_rate=float(accepted.double().mean()),
             reward=reward,
+            reward_stderr=reward_stderr,
             score=self.score(samples),
             optimum_score=self.optimum_score,
             beta=self.beta,
             kl_nats=nats,
             kl_stderr=stderr,
             kl_bound_nats=getattr(model, "kl_bound", lambda: math.nan)(),
-            frontier_kl_nats=frontier_kl(self.table(), reward),
+            frontier_kl_nats=least,
+            frontier_kl_stderr=least_stderr,
             residual=float(self.task.residual(samples).median()),
             reference_residual=float(self.task.residual(self.samples).median()),
             diversity=spread / self.spread if self.spread else math.nan,
@@ -239,10 +248,14 @@ class Judge:
         return scored(self.oracle, self.optimum, self.asked(self.optimum_label))
 
     def frontier_curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rewards and KLs of the frontier from the reference to near the best seen reward; the rewards' errors."""
+        """Rewards and KLs of the frontier, and the rewards' errors, from the reference on.
+
+        It ends where the weights rest on too few samples of the reference to say anything.
+        """
         table, betas = self.table(), torch.logspace(2, -3, points)
         (reward, kl), (stderr, _) = frontier(table, betas), frontier_stderr(table, betas)
-        return reward.numpy(), kl.numpy(), stderr.numpy()
+        known = stderr.isfinite()
+        return reward[known].numpy(), kl[known].numpy(), stderr[known].numpy()
 
 
 def split(values: Tensor, label: Tensor | None) -> list[Tensor]:

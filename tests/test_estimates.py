@@ -63,6 +63,33 @@ def test_the_frontiers_interval_knows_the_error_of_the_reward():
     assert held(found, 0.5) >= 90 > held(blind, 0.5)
 
 
+def test_the_frontiers_interval_holds_the_truth_over_conditions():
+    """Three conditions with means of their own: all are tilted alike, and their errors are averaged."""
+    means = torch.tensor([[0.0], [3.0], [-1.0]])
+
+    def table(seed):
+        return means + torch.stack([rewards(seed=3 * seed + k) for k in range(3)])
+
+    reward = M + float(means.mean()) + S
+    found = [frontier_kl_estimate(table(i), reward) for i in range(100)]
+    assert held(found, 0.5) >= 90
+    spread = torch.tensor(found).double()[:, 0].std()
+    assert float(spread) == pytest.approx(sum(e for _, e in found) / 100, rel=0.3)
+    assert found[0][0] == pytest.approx(frontier_kl(table(0), reward), rel=1e-6)
+
+
+def test_where_few_samples_carry_the_frontier_its_error_is_not_small():
+    r = rewards()
+    top = float(r.sort().values[-5])
+    kl, error = frontier_kl_estimate(r, top)
+    assert math.isfinite(kl) and math.isinf(error)
+    betas = torch.tensor([S, S / 100])
+    assert [bool(e.isfinite().all()) for e in torch.stack(frontier_stderr(r, betas)).T] == [
+        True,
+        False,
+    ]
+
+
 def test_frontier_estimate_is_frontier_kl_with_an_error():
     r = rewards()
     for reward in (M - 1, M, M + 0.2, M + 0.9, 99.0):

@@ -374,6 +374,8 @@ def test_rewards_rates_and_kl_are_the_closed_forms(judge):
         nats = float(((weight * SHIFT / S) ** 2).sum() / 2)
         assert abs(e.kl_nats - nats) < 4 * e.kl_stderr + 1e-3
         assert e.frontier_kl_nats == pytest.approx(weight**2 / 2, rel=0.25, abs=0.01)
+        assert e.reward_stderr == pytest.approx(SPREAD / math.sqrt(2048), rel=0.1)
+        assert abs(e.frontier_kl_nats - weight**2 / 2) < 4 * e.frontier_kl_stderr + 1e-6
     assert e.reference_preferred_rate == pytest.approx(stats.norm.sf(1), abs=0.005)
     assert e.beta == SPREAD and e.optimum_score == judge.optimum_score
     assert e.optimum_effective_size == judge.effective_size
@@ -435,13 +437,15 @@ def test_frontier_curve_rises_from_the_reference():
     task = Plain(dim=2)
     judge = Judge(gaussian(M, S), task, Linear(task, A), beta=1.5 * SPREAD)
     reward, kl, stderr = judge.frontier_curve()
-    assert reward.shape == kl.shape == stderr.shape == (200,)
+    assert reward.shape == kl.shape == stderr.shape and 50 < len(kl) < 200
     assert stderr[0] == pytest.approx(
         float(judge.rewards.std()) / len(judge.rewards) ** 0.5, rel=0.05
     )
     assert (np.diff(reward) > -1e-9).all() and (np.diff(kl) > -1e-9).all()
     assert kl[0] < 1e-3 and reward[0] == pytest.approx(float(judge.rewards.mean()), abs=0.02)
-    assert reward[-1] == pytest.approx(float(judge.rewards.max()), abs=0.05)
+    betas = torch.logspace(2, -3, 200)[len(kl) - 1 : len(kl) + 1]
+    sizes = [optimum_weights(judge.rewards, float(b))[1] for b in betas]
+    assert sizes[0] >= 100 > sizes[1], "it ends where too few samples carry it"
     low = kl < 0.5
     closed = ((reward - float(M @ A)) / SPREAD) ** 2 / 2
     np.testing.assert_allclose(kl[low], closed[low], atol=0.06)
