@@ -51,31 +51,32 @@ ABOUT = """\
 # HIL-DD's toy on its own checkpoint, and `learned-reward` on the same
 
 **The original.** Its own code, with somebody who chooses every S curve, was measured on this checkpoint: on 48
-fixed noises the share of S curves went {courses} over three informative
-panels (two seeds; the first went on to 0.83, 0.83, 0.77), while the Chamfer residual rose from 0.034 to 0.082 (the
-second seed), in a normalisation that was not noted.
+fixed noises the share of S curves went {courses} over three informative panels (two seeds; the first went on
+to 0.83, 0.83, 0.77), while the Chamfer residual rose from 0.034 to 0.082 (the second seed), in a normalisation
+that was not noted.
 
-**Ours at the toy's settings** (the first table, five seeds) takes the same course: medians 0.38, 0.56 and 0.69. The
-original's first seed lies within the range of ours after one and three panels and just below it after two (0.46
-where ours begins at 0.48); its second lies within it after one (0.27) and below it after two and three. So ours may
-be somewhat the faster, which two seeds of the original cannot tell. What still differs from the toy's code: random
-draws; its `int(100 t)` falls one short at 2 of 100 sampling and 11 of 100 learning times; an S curve is chosen if it
-is a clean one (the `s-cloud` oracle; on three seeds, choosing by the nearer curve made no difference); a panel of
-four S curves teaches nothing.
+**Ours at the toy's settings** (the first table, five seeds) takes the same course: medians 0.38, 0.56 and
+0.69. The original's first seed lies within the range of ours after one and three panels and just below it
+after two (0.46 where ours begins at 0.48); its second lies within it after one (0.27) and below it after two
+and three. So ours may be somewhat the faster, which two seeds of the original cannot tell. What still differs
+from the toy's code: random draws; its `int(100 t)` falls one short at 2 of 100 sampling and 11 of 100 learning
+times; an S curve is chosen if it is a clean one (the `s-cloud` oracle; on three seeds, choosing by the nearer
+curve made no difference); a panel of four S curves teaches nothing.
 
-**Side by side**, `learned-reward` makes more S curves after one informative panel (0.90, in four seeds of five above
-0.8) than `hil-dd` after three (0.69), and in units of the data's own distance they are cleaner after each of the
-three panels by the median (1.73, 1.64, 1.58 against 1.98, 1.93, 1.64; after three the ranges overlap). Plain
-distances are larger for whoever makes more S curves, whose own are twice the rolls'. `hil-dd` learns from 256 real
-clouds at every panel, `learned-reward` from none; it chooses its panels from 192 samples of its own, which is what
-it costs: network evaluations, not questions.
+**Side by side**, `learned-reward` makes more S curves after one informative panel (0.90, in four seeds of five
+above 0.8) than `hil-dd` after three (0.69), and in units of the data's own distance they are cleaner after
+each of the three panels by the median (1.73, 1.64, 1.58 against 1.98, 1.93, 1.64; after three the ranges
+overlap). Plain distances are larger for whoever makes more S curves, whose own are twice the rolls'. `hil-dd`
+learns from 256 real clouds at every panel, `learned-reward` from none; it chooses its panels from 192 samples
+of its own, which is what it costs: network evaluations, not questions.
 
 **A fifth of the steps and times** (the second table) gives `hil-dd` the same course at a fifth of the cost.
 
-**One noise for all.** The toy scales each batch of noise to [-1, 1], which leaves a standard deviation of 0.28 for a
-screen of four and 0.22 for 256 real clouds. `hil-dd, one noise` takes 0.28 for the real clouds too (and stratified
-times). There the network makes one S curve in ten while half of the real clouds are S curves, so that the flow loss
-itself brings S curves: 0.94 after three panels, beyond the range of the toy's noises, and cleaner ones.
+**One noise for all.** The toy scales each batch of noise to [-1, 1], which leaves a standard deviation of 0.28
+for a screen of four and 0.22 for 256 real clouds. `hil-dd, one noise` takes 0.28 for the real clouds too (and
+stratified times). There the network makes one S curve in ten while half of the real clouds are S curves, so
+that the flow loss itself brings S curves: 0.94 after three panels, beyond the range of the toy's noises, and
+cleaner ones.
 """
 PICTURE = "model A, and both after three informative panels, same noises"
 

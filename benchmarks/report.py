@@ -54,9 +54,10 @@ def readme_lines(bench: Bench) -> tuple[list[str], str]:
     }
     told = ", ".join(f"{name} {count}" for name, count in seeds.items())
     note = (
-        "IQM of the score over seeds: 0 = the untouched reference, 1 = the exact optimum; over all experiments "
-        f"with its 95 % interval. Seeds so far: {told}. Bold (from five seeds on): the best, beyond all others. "
-        "Made by `prefenv bench` and `prefenv report`; "
+        "IQM of the score over seeds, clipped to [0, 1]: 0 = the untouched reference, 1 = the exact optimum; a "
+        "refusal counts 0, and of an experiment's variants it is the mean. *All*: over all experiments, with its "
+        f"95 % interval from five seeds on. Seeds so far: {told}. Bold: the best, its interval beyond all "
+        "others'. Made by `prefenv bench` and `prefenv report`; "
         "intervals, curves, failures and commands: [the report](benchmarks/results/report/report.md)."
     )
     return [*picture, *table_lines(score_table(bench, value))], note

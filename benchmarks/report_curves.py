@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.report_rows import Bench, finite, in_order, learning, run_score
+from benchmarks.report_rows import OTHER_LAW, Bench, finite, in_order, learning, run_score
 from benchmarks.report_style import INK, handles, look, sample, sheet, style
 from benchmarks.statistics import iqm
 from prefenv.plotting import BLUE, GREY
@@ -52,11 +52,12 @@ def reward_against_kl(bench: Bench, frontiers: Mapping[str, Any]) -> Figure:
         "at most": sample(color=INK, linestyle="none", marker="<", markerfacecolor="none"),
     }
     with style():
+        shown = [name for name in bench.variants if name not in OTHER_LAW]
         figure, axes = sheet(
-            len(bench.variants), 4, (2.2, 1.7), xlabel="KL(B || A) in nats", ylabel="mean true reward",
+            len(shown), 4, (2.2, 1.7), xlabel="KL(B || A) in nats", ylabel="mean true reward",
             handles={**marks, **handles(bench)},
         )  # fmt: skip
-        for panel, name in zip(axes, bench.variants, strict=True):
+        for panel, name in zip(axes, shown, strict=True):
             curve = frontiers.get(name, {})
             variant, *others = bench.variants[name]
             if curve:

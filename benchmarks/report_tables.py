@@ -27,31 +27,26 @@ def interval(e: Estimate) -> str:
     return f"{e.value:.2f}{ends}"
 
 
-SEEDS = 5  # below which an interval singles nobody out
-
-
 def value(e: Estimate) -> str:
     """``0.93``, or nothing."""
     return f"{e.value:.2f}" if finite(e.value) else ""
 
 
 def leader(column: dict[str, Estimate]) -> str | None:
-    """The best agent, where its interval lies above every other's value; else None."""
-    known = sorted((e.value, a) for a, e in column.items() if finite(e.value))
-    if len(known) < 2 or not column[known[-1][1]].low > known[-2][0]:
+    """The best agent, where its interval lies above every other's; else None, also where one has none."""
+    known = {a: e for a, e in column.items() if finite(e.value)}
+    best = max(known, key=lambda a: known[a].value, default=None)
+    others = [e.high for a, e in known.items() if a != best]
+    if best is None or not others or not all(known[best].low > high for high in others):
         return None
-    return known[-1][1]
+    return best
 
 
 def score_table(bench: Bench, cell: Callable[[Estimate], str] = interval) -> Table:
     """Scores of agents (rows, the best first) over all experiments and in each, written by ``cell``."""
     columns = {"all": bench.overall}
     columns |= {n: {a: bench.scores[a, n] for a in bench.agents} for n in bench.variants}
-    fewest = {
-        n: min(len(r) for (e, *_), r in bench.by_stratum.items() if e == n) for n in bench.variants
-    }
-    fewest["all"] = min(fewest.values())
-    best = {n: leader(column) if fewest[n] >= SEEDS else None for n, column in columns.items()}
+    best = {n: leader(column) for n, column in columns.items()}
     crashed = {(r["agent"], r["experiment"]) for r in bench.without_score if "refused" not in r}
     rows = []
     for agent in bench.agents:
