@@ -251,7 +251,9 @@ def test_every_run_has_its_command_machine_and_versions(found):
     assert "torch 2.13.0" in tables.place_table(got).rows[0][2]
     strata = tables.run_table(got, every_seed=False).rows
     mine = next(r for r in strata if r[:3] == ["basic", "", FEW[0]["agent"]])
-    assert mine[3] == "0 1 2 3 4 5 6 7" and mine[5] == "P1 P2" and mine[6] == f"`{FEW[0]['command']}`"
+    assert (
+        mine[3] == "0 1 2 3 4 5 6 7" and mine[5] == "P1 P2" and mine[6] == f"`{FEW[0]['command']}`"
+    )
 
 
 # Figures

@@ -15,6 +15,7 @@ from benchmarks import (
     few_answers,
     gaussians,
     pages,
+    report,
     segments,
     tasks,
     tune,
@@ -93,7 +94,9 @@ def test_gaussians_page_says_what_the_results_say():
     for method in gaussians.METHODS:
         assert gaussians.line(found, method) in lines
     for row in found:
-        assert row["kl"] > row["frontier"] - 3 * row["kl_stderr"], "no model lies above the frontier"
+        assert row["kl"] > row["frontier"] - 3 * row["kl_stderr"], (
+            "no model lies above the frontier"
+        )
 
 
 def test_segments_page_says_what_the_results_say():
@@ -162,3 +165,28 @@ def test_a_finished_part_is_not_made_again(tmp_path):
     for _ in range(2):
         assert pages.once(tmp_path / "deep" / "part.json", lambda: made.append(1) or [1.5]) == [1.5]
     assert made == [1]
+
+
+# Sentences
+
+TOPICS = {
+    "Few answers": "few",
+    "Answers in plenty": "basic",
+    "Only pairs": "pairs",
+    "A rare preference": "rare",
+    "A continuous preference": "graded",
+    "Two modes to keep": "modes",
+}
+
+
+@pytest.mark.parametrize(("title", "experiment"), TOPICS.items())
+def test_a_score_that_is_told_with_its_interval_is_the_rows(title, experiment):
+    """Every "`agent` (0.97, 0.83 to 0.98" of the conclusions."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    bullet = " ".join(text.split(f"- **{title}.**")[1].split("\n- **")[0].split())
+    told = re.findall(r"`([\w-]+)`(?: highest)? \((\d\.\d\d), (\d\.\d\d) to (\d\.\d\d)", bullet)
+    assert told, "the bullet names no score"
+    found, _ = report.load(RESULTS / "bench")
+    for agent, *numbers in told:
+        e = found.scores[agent, experiment]
+        assert [f"{v:.2f}" for v in (e.value, e.low, e.high)] == numbers, agent
