@@ -75,13 +75,14 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
     """The table's lines, and the note below.
 
     Args:
-        rows: Of ``basic``, one at least.
+        rows: Of ``basic``, one at least that is finished.
     """
+    first = next(filter(finished, rows))
     seeds = len({r["seed"] for r in rows})
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *(line(rows, a) for a in TRAITS)]
-    looks = ", ".join(f"{point[0]:,}" for point in rows[0]["curve"][:-1])
+    looks = ", ".join(f"{point[0]:,}" for point in first["curve"][:-1])
     note = (
-        f"Median (range) over {seeds} seeds of `basic`: {rows[0]['budget']:,} judged samples in panels of 4, all "
+        f"Median (range) over {seeds} seeds of `basic`: {first['budget']:,} judged samples in panels of 4, all "
         f"with the same network, sampler and evaluation. *Queries to {LEVEL}*: judged samples after which the "
         f"score was {LEVEL}, looked at after {looks} and at the end (*never*: in fewer than half of the seeds). "
         "Made by `make report`."

@@ -1,7 +1,7 @@
 """``prefenv bench``: agents x experiments x seeds, as a list of runs that can be stopped and goes on.
 
 A line of ``<out>/<experiment>.jsonl`` is a finished run. What has a line is not run again: a run is known by a
-hash of all its settings, the agent's defaults among them. Runs that failed are tried again.
+hash of all its settings, the agent's defaults among them. Runs that failed are tried again, with ``--again`` all.
 """
 
 from __future__ import annotations
@@ -28,25 +28,27 @@ from benchmarks.experiments import NAMES, load, on_task, question
 from benchmarks.jobs import Job, jobs, judge_of, work
 from prefenv.checkpoints import write_atomic
 from prefenv.cli_bench import Bench
+from prefenv.errors import ConfigError, RunError
 from prefenv.registry import agent_config, names
 from prefenv.runs import writable
 
 Line = dict[str, Any]
 QUICK = ("basic", "few", "pairs")
+_KNOWN_BY = {"experiment", "variant", "agent", "seed", "name"}  # what every row says
 
 
 def bench(args: Bench) -> int:
-    """Run what is missing, and say what was done."""
+    """Run what is missing, and say what was done; 1 if runs failed."""
     wanted = list(jobs_of(args))
     writable(args.out)
     results = Results(args.out)
     folder = (args.work or args.out / "work").absolute()
-    counts = run_all(wanted, results, args.engine, args.workers, folder)
+    counts = run_all(wanted, results, args.engine, args.workers, folder, args.again)
     results.tidy(wanted)
     results.add_frontiers({job.experiment for job in wanted})
     if args.json:
         print(json.dumps({"out": str(args.out), **counts}))
-        return 0
+        return int(counts["failed"] > 0)
     print(
         f"{counts['done']} runs done, {counts['refused']} refused by their agents, {counts['failed']} "
         f"failed, {counts['skipped']} were there before; results in {args.out}"
@@ -56,21 +58,28 @@ def bench(args: Bench) -> int:
             print(f"failed: {line['experiment']} {line['name']}: {line['error']}")
     task = f" --task {args.task}" if args.task else ""
     print(f"next: prefenv report --results {args.out}{task}")
-    return 0
+    return int(counts["failed"] > 0)
 
 
 def jobs_of(args: Bench) -> Iterator[Job]:
-    """All runs that are asked for.
+    """All runs that are asked for, each once.
 
     Raises:
         UnknownNameError: An agent, an experiment or a task that is not known.
-        ConfigError: An experiment that cannot be run on the task.
+        ConfigError: An experiment that cannot be run on the task, or a number that is too small.
     """
-    agents = args.agents or tuple(names("agent"))
+    for option, value, least in (
+        ("--seeds", args.seeds, 1),
+        ("--first-seed", args.first_seed, 0),
+        ("--workers", args.workers, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{option} {value} is too small; give a number from {least}")
+    agents = dict.fromkeys(args.agents or names("agent"))
     for agent in agents:
         agent_config(agent)
     usual = QUICK if args.suite == "quick" else NAMES
-    chosen = [on_task(name, args.task) for name in args.experiments or usual]
+    chosen = dict.fromkeys(on_task(name, args.task) for name in args.experiments or usual)
     for name in chosen:
         load(name)
     seeds = args.seeds or (3 if args.suite == "quick" else None)
@@ -83,6 +92,9 @@ class Results:
 
     Args:
         folder: Where they are.
+
+    Raises:
+        RunError: A file is damaged.
     """
 
     folder: Path
@@ -90,7 +102,8 @@ class Results:
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("*.jsonl")):
-            self._lines[path.stem] = list(_read(path))
+            self._lines[path.stem] = _read(path)
+        _frontiers(self.folder)  # now, and not when hours of runs are done
 
     def lines(self) -> list[Line]:
         """All of them."""
@@ -112,26 +125,28 @@ class Results:
             os.fsync(file.fileno())
 
     def tidy(self, wanted: Iterable[Job]) -> None:
-        """Sort the lines; of runs that were done again, or with other settings, keep the last line."""
+        """Sort the lines; of runs that were done again, or with other settings, keep the last line.
+
+        Variants that the experiment has no more come last.
+        """
         touched = {job.experiment for job in wanted}
         for name in touched & self._lines.keys():
-            last = {(x["variant"], x["agent"], x["seed"]): x for x in self._lines[name]}
-            order = list(load(name).variants)
+            path = self.folder / f"{name}.jsonl"
+            lines = _read(path)  # not ours alone: another bench may have written there
+            last = {(x["variant"], x["agent"], x["seed"]): x for x in lines}
+            order = [*load(name).variants, *sorted({x["variant"] for x in lines})]
             kept = sorted(
                 last.values(), key=lambda x: (order.index(x["variant"]), x["agent"], x["seed"])
             )
             self._lines[name] = kept
-            text = "".join(json.dumps(x) + "\n" for x in kept)
-            write_atomic(self.folder / f"{name}.jsonl", text.encode())
+            write_atomic(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
 
     def add_frontiers(self, experiments: Iterable[str]) -> None:
         """Keep each experiment's frontier (of its first variant) beside the lines, for the report."""
-        path = self.folder / "frontier.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        for name in sorted(set(experiments) - found.keys()):
+        for name in sorted(set(experiments) - _frontiers(self.folder).keys()):
             judge = judge_of(name, next(iter(load(name).variants)))
             reward, kl, stderr = judge.frontier_curve(100)
-            found[name] = {
+            frontier = {
                 "reward": np.round(reward, 5).tolist(),
                 "reward_stderr": np.round(stderr, 6).tolist(),
                 "kl": np.round(kl, 5).tolist(),
@@ -139,34 +154,73 @@ class Results:
                 "optimum_reward": judge.optimum_reward,
                 "optimum_kl": judge.optimum_kl,
             }
-            write_atomic(path, json.dumps(found).encode())
+            found = {**_frontiers(self.folder), name: frontier}
+            write_atomic(self.folder / "frontier.json", json.dumps(found).encode())
 
 
-def _read(path: Path) -> Iterator[Line]:
-    """Whole lines; one that a kill cut short is taken out of the file."""
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomic(path, whole.encode())
-    return map(json.loads, whole.splitlines())
+def _read(path: Path) -> list[Line]:
+    """Its lines; a last one that a kill cut short is taken out of the file.
+
+    Raises:
+        RunError: Another is not the row of a run.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    if _json(last) is not None:  # all there but for its newline
+        lines.append(last)
+    rows = [_json(line) for line in lines]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.keys() >= _KNOWN_BY:
+            raise RunError(
+                f"{path}, line {number}: this is not the row of a run; mend or remove it"
+            )
+    if last:
+        write_atomic(path, b"".join(line + b"\n" for line in lines))
+    return rows
+
+
+def _frontiers(folder: Path) -> dict[str, Any]:
+    """The frontiers that are known, by experiment.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = folder / "frontier.json"
+    found = _json(path.read_bytes()) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: these are no frontiers; remove it, and it is made again")
+    return found
+
+
+def _json(text: bytes) -> Any:
+    """What it says, or None where it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def run_all(
-    wanted: list[Job], results: Results, engine: str, workers: int | None, folder: Path
+    wanted: list[Job],
+    results: Results,
+    engine: str,
+    workers: int | None,
+    folder: Path,
+    again: bool = False,
 ) -> dict[str, int]:
-    """Do the runs that have no line yet, and keep theirs as they come.
+    """Do the runs that have no line yet, or all of them again, and keep their lines as they come.
 
     Returns:
         How many were ``done``, ``refused``, ``failed``, and ``skipped``.
     """
-    finished = results.finished()
+    finished = set() if again else results.finished()
     todo = [j for j in wanted if (j.experiment, j.variant, j.config.name) not in finished]
     counts = {"done": 0, "refused": 0, "failed": 0, "skipped": len(wanted) - len(todo)}
     if not todo:
         return counts
     board = Board(wanted, todo)
     with board.shown():
-        for job, line in ENGINES[engine](functools.partial(work, folder=folder), todo, workers):
+        what = functools.partial(work, folder=folder, again=again)
+        for job, line in ENGINES[engine](what, todo, workers):
             if line is None:
                 board.begin(job)
                 continue

@@ -3,25 +3,27 @@
 An engine takes jobs (a benchmark's, a tuning's: whatever says what its line begins with) and a function
 ``work(job) -> line`` and yields ``(job, None)`` when one begins and
 ``(job, line)`` when it is done, each job exactly once. A worker that dies costs its run a second try, and after
-that the line says so; the other runs go on.
+that the line says so; the other runs go on. Locally it takes the runs beside it along: each of them gets its
+second try alone, so that only the one that dies again is blamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
+from prefenv.device import cores
 from prefenv.errors import ConfigError
 
 Line = dict[str, Any]
-TRIES = 2
 
 
 class Job(Protocol):
@@ -56,32 +58,49 @@ def local(
         jobs: What to do, in this order.
         workers: Processes; None = one per core.
     """
-    count = workers or len(os.sched_getaffinity(0))
-    waiting = deque((job, 1) for job in jobs)
+    waiting = deque(jobs)
     while waiting:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(count, context, _watch, (os.getpid(),))
-        running: dict[Future[Line], tuple[J, int]] = {}
-        try:
-            while waiting or running:
+        for job in (yield from _pool(work, waiting, workers or cores())):
+            for lost in (yield from _pool(work, deque([job]), 1, again=True)):
+                yield lost, _died(lost, "its process died (killed, or out of memory)")
+
+
+def _pool(
+    work: Callable[[J], Line], waiting: deque[J], count: int, again: bool = False
+) -> Generator[tuple[J, Line | None], None, list[J]]:
+    """Do what waits, in processes of their own, until one of them dies.
+
+    Args:
+        work: As above.
+        waiting: What is begun is taken out.
+        count: Processes.
+        again: They began before, which is not told twice.
+
+    Returns:
+        What was under way when the process died: all of it is lost, and nobody can say whose the process was.
+    """
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, context, _watch, (os.getpid(),))
+    running: dict[Future[Line], J] = {}
+    try:
+        while waiting or running:
+            with contextlib.suppress(BrokenProcessPool):  # one died just now: what waits stays
                 while waiting and len(running) < count:
-                    job, attempt = waiting.popleft()
-                    running[pool.submit(work, job)] = job, attempt
-                    if attempt == 1:
+                    future = pool.submit(work, waiting[0])
+                    running[future] = job = waiting.popleft()
+                    if not again:
                         yield job, None
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    line = future.result()  # BrokenProcessPool: a worker died
-                    job, _ = running.pop(future)
-                    yield job, line
-        except BrokenProcessPool:
-            for job, attempt in running.values():
-                if attempt < TRIES:
-                    waiting.appendleft((job, attempt + 1))
-                else:
-                    yield job, _died(job, "its process died (killed, or out of memory)")
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            whole = [f for f in done if not isinstance(f.exception(), BrokenProcessPool)]
+            for future in whole:
+                yield running.pop(future), future.result()
+            if len(whole) < len(done):
+                break
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return list(running.values())
 
 
 def on_ray(
@@ -107,7 +126,7 @@ def on_ray(
     if ours:
         _connect(ray)
 
-    @ray.remote(num_cpus=1, max_retries=TRIES)  # a run whose node died is repeated on another
+    @ray.remote(num_cpus=1, max_retries=2)  # a run whose node died is repeated on another
     def remote(job: J) -> Line:
         return work(job)
 

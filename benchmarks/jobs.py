@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -69,6 +72,7 @@ class Job:
             "seed": self.seed,
             "name": self.config.name,
             "command": self.command,
+            "code": code(),
             "versions": versions(),
             "machine": machine(),
         }
@@ -94,6 +98,21 @@ def jobs(
 
 
 @functools.cache
+def code() -> str:
+    """Which code computed it: a digest of our packages' sources, as they lie where they are imported from.
+
+    Told, and no more: a run's name does not change with it.
+    """
+    digest = hashlib.sha256()
+    for package in ("agents", "benchmarks", "oracles", "prefenv"):
+        (root,) = map(Path, importlib.import_module(package).__path__)
+        for path in sorted(root.rglob("*.py"), key=Path.as_posix):
+            name, text = path.relative_to(root.parent).as_posix(), path.read_text("utf-8")
+            digest.update(f"{name}\0{text}\0".encode())
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
 def machine() -> str:
     """What computed it, in words."""
     model = platform.processor() or platform.machine()
@@ -110,15 +129,23 @@ def judge_of(experiment: str, variant: str) -> Judge:
     return load(experiment).judge(variant)
 
 
-def work(job: Job, folder: Path) -> dict[str, Any]:
+def work(job: Job, folder: Path, again: bool = False) -> dict[str, Any]:
     """Do a run in its directory below ``folder``; a killed one goes on where it stopped.
+
+    Args:
+        job: What to run.
+        folder: Where the runs' directories are.
+        again: Empty its directory first.
 
     Returns:
         Its line: numbers, or ``refused`` (by design), or ``error``.
     """
     torch.set_num_threads(1)
     try:
-        return {**job.head(), **_measure(job, folder / job.experiment / job.config.name)}
+        home = folder / job.experiment / job.config.name
+        if again and home.exists():
+            shutil.rmtree(home)
+        return {**job.head(), **_measure(job, home)}
     except RequiresError as error:  # by design: it needs gradients, say
         return {**job.head(), "refused": str(error)}
     except Exception as error:  # one crash is a result, and not the end of the others

@@ -19,7 +19,7 @@ import tyro
 from benchmarks import agents_page
 from benchmarks.pages import update_readme
 from benchmarks.report_html import markdown, page, table_lines
-from benchmarks.report_rows import Bench, Described, bench, finite, read
+from benchmarks.report_rows import Bench, Described, bench, finished, finite, read
 from benchmarks.report_sections import appendix, details, overview
 from benchmarks.report_style import standalone
 from benchmarks.report_tables import score_table, value
@@ -80,9 +80,9 @@ def load(folder: Path, task: str | None = None) -> tuple[Bench, dict[str, Any]]:
     """
     path = folder / "frontier.json"
     try:
-        frontiers = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        raise RunError(f"{path}: this is not JSON") from None
+        frontiers = dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise RunError(f"{path}: these are no frontiers") from None
     return bench(read(folder, task), known_experiments(task)), frontiers
 
 
@@ -101,7 +101,7 @@ def write(results: Path, out: Path, task: str | None = None) -> dict[str, Any]:
     if out.resolve() == RESULTS / "report" and readme.exists():
         update_readme(readme, *readme_lines(found), name="bench")
         basic = [r for r in found.rows if r["experiment"] == "basic"]
-        if basic:
+        if any(map(finished, basic)):
             update_readme(readme.parent / "agents" / "README.md", *agents_page.table(basic))
     return {"agents": summary(found), "files": [str(out / name) for name in files]}
 

@@ -48,7 +48,7 @@ def read(folder: Path, task: str | None = None) -> list[Row]:
     """
     rows: dict[tuple[Any, ...], Row] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 row = json.loads(line)
                 rows[row["experiment"], row["variant"], row["agent"], row["seed"]] = row

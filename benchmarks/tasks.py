@@ -9,6 +9,8 @@ Reads ``benchmarks/results/tasks/*.jsonl`` and writes ``tasks.md`` beside them.
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,23 @@ def told(values: list[float], digits: int) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """A Markdown line an agent, best first, below a line for the reference."""
+    """A Markdown line an agent, best first: of its finished runs, and how many have no score."""
     lines = [
         "| agent | score | bound | preferred rate | residual / reference's | KL (nats) | CPU s | seeds |",
         "|---" * 8 + "|",
     ]
-    agents = {r["agent"]: [x for x in rows if x["agent"] == r["agent"]] for r in rows}
-    for name, mine in sorted(agents.items(), key=lambda x: -x[1][0].get("score", -9e9)):
-        if not all(map(finished, mine)):
-            lines.append(f"| `{name}` | {trouble(mine[0])} |" + "  |" * 6)
+    agents: dict[str, list[dict[str, Any]]] = {r["agent"]: [] for r in rows}
+    for row in filter(finished, rows):
+        agents[row["agent"]].append(row)
+
+    def rank(item: tuple[str, list[dict[str, Any]]]) -> float:
+        return -statistics.median([r["score"] for r in item[1]] or [-math.inf])
+
+    for name, mine in sorted(agents.items(), key=rank):
+        others = [r for r in rows if r["agent"] == name and not finished(r)]
+        seeds = f"{len(mine)} ({len(others)} failed)" if others else str(len(mine))
+        if not mine:
+            lines.append(f"| `{name}` | {trouble(others[0])} |" + "  |" * 5 + f" {seeds} |")
             continue
         ratio = [r["residual"] / r["reference_residual"] for r in mine]
         kl = [r["kl_nats"] for r in mine if r["kl_nats"] is not None]
@@ -54,8 +64,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             (kl, 1),
             ([r["cpu_seconds"] for r in mine], 0),
         ]
-        cells = [told(values, digits) for values, digits in columns]
-        cells.append(str(len(mine)))
+        cells = [*(told(values, digits) for values, digits in columns), seeds]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 

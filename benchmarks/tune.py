@@ -71,7 +71,7 @@ class Args:
     """
 
     agents: tuple[str, ...] = tuple(SPACE)
-    trials: int = 6
+    trials: int = 3
     queries: int = 4096
     workers: int | None = None
     log: Path = RESULTS / "tune.jsonl"

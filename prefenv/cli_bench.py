@@ -14,7 +14,8 @@ class Bench:
     """Run agents on experiments with a known best answer, and keep a line of numbers for every run.
 
     Score: 0 = the untouched reference, 1 = the exact optimum. Ctrl-C loses only the runs under way, and the same
-    command goes on. Then: prefenv report.
+    command goes on. Then: prefenv report. Exit code 1 if runs failed: the others are kept, and the same command
+    tries the failed ones again.
 
     Example: prefenv bench --suite quick --agents ppo your_package.awr:AWR
 
@@ -30,6 +31,7 @@ class Bench:
             ray start --head, and ray start --address=... on every other machine).
         workers: Runs at a time, one thread each; None = one per core.
         out: Folder of the results.
+        again: Do anew what has a line already, from empty run directories; the new line takes the old one's place.
         work: Folder of the run directories; None = OUT/work. With Ray, one that all machines share lets killed
             runs go on where they stopped; else they start anew.
         json: Print what was done as one JSON object, and nothing else, on stdout.
@@ -44,6 +46,7 @@ class Bench:
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
     out: Path = Path("runs/bench")
+    again: bool = False
     work: Path | None = None
     json: bool = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from prefenv.device import cores
 from prefenv.evaluation import Judge
 from prefenv.figures import frontier_figure, shapes_figure
 from prefenv.packing import unpack
@@ -70,7 +70,7 @@ def compare(
         workers: Processes; None = one per core, no more than runs.
     """
     configs = list(configs)
-    count = workers or max(1, min(len(configs), len(os.sched_getaffinity(0))))
+    count = workers or max(1, min(len(configs), cores()))
     context = multiprocessing.get_context("spawn")
     results: dict[int, dict[str, Any]] = {}
     bar = tqdm(total=len(configs), desc="agents", unit="run", disable=None if progress else True)

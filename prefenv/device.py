@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import torch
 
@@ -24,6 +25,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} was asked for, but torch sees no CUDA here; use cpu")
     return found
+
+
+def cores() -> int:
+    """Cores that this process may use, where the system says so (Linux); else all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_generator(

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,17 @@ from pathlib import Path
 
 import pytest
 
+import oracles
 from benchmarks import bench, engines, experiments
 from benchmarks import jobs as jobs_module
 from benchmarks.bench import Results, jobs_of
 from benchmarks.experiments import NAMES, load
-from benchmarks.jobs import Job, jobs, work
+from benchmarks.jobs import Job, code, jobs, work
 from prefenv.checkpoints import load_checkpoint
 from prefenv.cli import main
 from prefenv.cli_bench import Bench
-from prefenv.errors import UnknownNameError
+from prefenv.device import cores
+from prefenv.errors import RunError, UnknownNameError
 from prefenv.evaluation import Judge
 from prefenv.registry import make_agent, make_oracle, make_task
 
@@ -81,6 +84,21 @@ def test_name_changes_with_the_agents_settings_only():
     assert one.config.name == Job("few", "", "ppo", 0).config.name
     assert one.config.name != Job("few", "", "ppo:lr=1e-3", 0).config.name
     assert one.config.name != Job("basic", "", "ppo", 0).config.name
+
+
+def test_a_line_says_which_code_made_it_and_its_name_does_not(tmp_path, monkeypatch):
+    head, digest = JOBS[0].head(), code.__wrapped__
+    assert head["code"] == code() == digest() and len(code()) == 12
+    copy = shutil.copytree(Path(oracles.__file__).parent, tmp_path / "oracles")
+    monkeypatch.setattr(oracles, "__path__", [str(copy)])
+    assert digest() == code(), "where they lie does not matter"
+    (copy / "README.md").write_text("words")
+    assert digest() == code()
+    with (copy / "jpeg.py").open("a") as file:
+        file.write("# a word more\n")
+    assert digest() != code()
+    monkeypatch.setattr(jobs_module, "code", lambda: "0" * 12)
+    assert JOBS[0].head()["name"] == head["name"]
 
 
 def test_a_run_that_fails_is_a_line(tmp_path, monkeypatch):
@@ -211,6 +229,39 @@ def test_a_worker_that_dies_takes_no_other_run_with_it(tmp_path):
     assert lines[Job("few", "", "pfm", 0)]["try"] == 1, "the second try came back"
 
 
+def poisons(job, folder):
+    """``kto`` of seed 0 always kills its process, the first time with two others beside it."""
+    tries, began = note(folder, job), time.monotonic()
+    if job.seed or not tries:
+        until(lambda: len({x.name[:3] for x in folder.glob(f"*-{job.seed}-*")}) == 3)
+    if (job.agent, job.seed) == ("kto", 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1 if job.seed or tries else 60)  # who is beside it does not come back the first time
+    return {**job.head(), "try": tries, "span": (began, time.monotonic())}
+
+
+def test_only_the_run_that_kills_its_process_is_blamed(tmp_path):
+    lines = events(engines.local, poisons, tmp_path, workers=3)
+    assert [(j.agent, j.seed) for j, x in lines.items() if "error" in x] == [("kto", 0)]
+    fine = {job: x for job, x in lines.items() if "error" not in x}
+    assert {(j.agent, j.seed): x["try"] for j, x in fine.items()} == {
+        ("ppo", 0): 1, ("pfm", 0): 1, ("ppo", 1): 0, ("pfm", 1): 0, ("kto", 1): 0,
+    }, "seed 1 ran side by side, as each of it waits for the others"  # fmt: skip
+    for job, line in fine.items():
+        if line["try"]:  # the second time it was alone
+            others = [x["span"] for other, x in fine.items() if other != job]
+            assert all(end < line["span"][0] or line["span"][1] < start for start, end in others)
+
+
+def test_cores_are_counted_where_nobody_says_which_are_ours(monkeypatch):
+    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores() == 1
+
+
 def until(holds, seconds=200):
     deadline = time.monotonic() + seconds
     while not holds():
@@ -306,6 +357,54 @@ def test_results_are_read_back_and_a_torn_line_is_cut(tmp_path):
     assert [x["score"] for x in Results(tmp_path).lines()] == [0.5, 0.8]
 
 
+def test_a_last_line_that_lacks_its_newline_only_is_kept(tmp_path):
+    Results(tmp_path).add(line_of(JOBS[0]))
+    path = tmp_path / "few.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    results = Results(tmp_path)
+    assert len(results.lines()) == 1
+    results.add(line_of(JOBS[1]))
+    assert [x["agent"] for x in Results(tmp_path).lines()] == ["ppo", "pfm"]
+
+
+@pytest.mark.parametrize("bad", ["{", "[1]", '{"experiment": "few"}', "\udcff", ""])
+def test_a_damaged_line_is_named_and_nothing_is_lost(bad, tmp_path, capsys):
+    good = json.dumps(line_of(JOBS[0]))
+    text = f"{good}\n{bad}\n{good}".encode(errors="surrogateescape")
+    (tmp_path / "few.jsonl").write_bytes(text)
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+    assert "few.jsonl, line 2: this is not the row of a run" in capsys.readouterr().err
+    assert (tmp_path / "few.jsonl").read_bytes() == text
+
+
+def test_another_file_is_not_taken_for_one_that_a_kill_cut_short(tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"mine": 1}')
+    with pytest.raises(RunError, match=r"notes\.jsonl, line 1"):
+        Results(tmp_path)
+    assert (tmp_path / "notes.jsonl").read_text() == '{"mine": 1}'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_damaged_frontiers_are_named_before_anything_is_run(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run_all", lambda *_: pytest.fail("hours of work"))
+    (tmp_path / "frontier.json").write_text(text)
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+    assert str(tmp_path / "frontier.json") in capsys.readouterr().err
+    assert (tmp_path / "frontier.json").read_text() == text
+
+
+def test_tidy_keeps_what_another_bench_wrote_and_variants_that_are_no_more(tmp_path):
+    mine, other = Results(tmp_path), Results(tmp_path)
+    first, last = next(iter(load("pairs").variants)), "0.7"
+    for results, variant, seed in ((mine, last, 0), (mine, first, 1), (other, first, 0)):
+        line = {**line_of(Job("pairs", first, "ppo", seed)), "variant": variant}
+        results.add(line)
+    mine.tidy([Job("pairs", first, "ppo", 0)])
+    found = Results(tmp_path).lines()
+    assert [(x["variant"], x["seed"]) for x in found] == [(first, 0), (first, 1), (last, 0)]
+    assert mine.lines() == found
+
+
 def test_tidy_sorts_and_keeps_the_last_line_of_a_run(tmp_path):
     results = Results(tmp_path)
     failed = {**JOBS[0].head(), "error": "ValueError: no"}
@@ -346,15 +445,68 @@ def test_command_line_runs_a_suite_and_says_what_failed(tmp_path, monkeypatch, c
     monkeypatch.setitem(bench.ENGINES, "local", engine)
     monkeypatch.setattr(Results, "add_frontiers", lambda self, names: None)
     arguments = ["bench", "--agents", "ppo", "kto", "--out", str(tmp_path)]
-    assert main(arguments) == 0
+    assert main(arguments) == 1, "some failed"
     out, err = capsys.readouterr()
     assert "9 runs done" in out and "9 failed" in out and "Odd: x" in out
     assert "few kto seed 2: Odd: x" in err and "left" in err
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["skipped"] == 9 and told["failed"] == 9, "failed runs are tried again"
+    assert main(["bench", "--agents", "ppo", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
     assert main(["bench", "--agents", "poo", "--out", str(tmp_path)]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("--seeds", 0, 1),
+        ("--seeds", -1, 1),
+        ("--workers", 0, 1),
+        ("--workers", -1, 1),
+        ("--first-seed", -1, 0),
+    ],
+)
+def test_numbers_that_are_too_small_are_refused(
+    option, value, least, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(bench, "run_all", lambda *_: pytest.fail("nothing is to be run"))
+    assert main(["bench", "--out", str(tmp_path / "new"), option, str(value)]) == 2
+    err = capsys.readouterr().err
+    assert f"{option} {value} " in err and err.endswith(f"from {least}\n")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_named_twice_is_run_once():
+    twice = Bench(agents=("ppo", "kto", "ppo"), experiments=("pairs", "few", "pairs"), seeds=1)
+    assert [(j.experiment, j.agent) for j in jobs_of(twice)] == [
+        ("pairs", "ppo"), ("pairs", "kto"), ("few", "ppo"), ("few", "kto"),
+    ]  # fmt: skip
+
+
+def test_again_does_a_finished_run_anew_from_an_empty_directory(tmp_path, monkeypatch, capsys):
+    def measure(job, home):
+        home.mkdir(parents=True)  # an old one would be in the way
+        return {"score": next(scores)}
+
+    def engine(what, todo, workers):
+        for job in todo:
+            yield job, None
+            yield job, what(job)
+
+    scores = iter((0.1, 0.2))
+    monkeypatch.setattr(jobs_module, "_measure", measure)
+    monkeypatch.setitem(bench.ENGINES, "local", engine)
+    monkeypatch.setattr(Results, "add_frontiers", lambda self, names: None)
+    asked = ["bench", "--experiments", "few", "--agents", "ppo", "--seeds", "1", "--json"]
+    told = []
+    for more in ([], [], ["--again"]):
+        assert main([*asked, "--out", str(tmp_path), *more]) == 0
+        counts = json.loads(capsys.readouterr().out)
+        told.append((counts["done"], counts["skipped"]))
+    assert told == [(1, 0), (0, 1), (1, 0)]
+    assert [x["score"] for x in Results(tmp_path).lines()] == [0.2]
 
 
 def test_suites():

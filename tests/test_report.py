@@ -57,8 +57,8 @@ def test_rows_are_read_and_the_later_of_two_counts(tmp_path):
 def test_what_is_no_row_is_refused(tmp_path):
     with pytest.raises(RunError, match="no results"):
         report_rows.read(tmp_path)
-    for text in ("{", "[1]", '{"agent": "ppo"}'):
-        (tmp_path / "a.jsonl").write_text(json.dumps(FEW[0]) + "\n" + text + "\n")
+    for text in (b"{", b"[1]", b'{"agent": "ppo"}', b'"\xff"'):
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(FEW[0]).encode() + b"\n" + text + b"\n")
         with pytest.raises(RunError, match=r"a.jsonl, line 2: .*not the row"):
             report_rows.read(tmp_path)
 
