@@ -148,10 +148,13 @@ def measure(flow: RectifiedFlow, task: Task, steps: int = 16) -> dict[str, Any]:
     def median(x: torch.Tensor) -> float:
         return round(float(task.residual(x).median()), 4)
 
-    extra = {}
+    extra: dict[str, Any] = {}
+    if found := task.compare(samples, data):
+        fresh = task.data(n, make_generator(10_001))[0]
+        extra = {"set_metrics": found, "set_metrics_of_data": task.compare(fresh, data)}
     if isinstance(task.condition, Classes) and asked is not None and task.classes:
         right = task.classify(samples) == asked.cpu()
-        extra = {"asked_class_rate": round(float(right.float().mean()), 4)}
+        extra |= {"asked_class_rate": round(float(right.float().mean()), 4)}
     return {
         "sampler": f"euler, {steps} steps, shift {task.shift}",
         "class_rate": rates(task.classify(samples)),

@@ -24,6 +24,7 @@ from prefenv.point_clouds import (
 from prefenv.policy import FlowPolicy
 from prefenv.registry import make_task
 from prefenv.set_networks import HilDDVelocity, Rescaled, RescaledFlow, SetVelocity
+from prefenv.tasks import clouds
 from prefenv.tasks.clouds import ROLL, S_CURVE, Clouds, curve, scale_to_range, template
 from prefenv.tasks.shapes import Shapes
 
@@ -366,3 +367,23 @@ def test_cuda_agrees_with_cpu(data):
     want = net(x, t)
     torch.testing.assert_close(net.cuda()(x.cuda(), t.cuda()).cpu(), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(TASK.embed(x.cuda()).cpu(), TASK.embed(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_card_compares_sets_by_the_fields_metrics(monkeypatch):
+    """Two sets of data are alike; copies of one cloud cover one; clouds drawn together are told apart."""
+    monkeypatch.setattr(clouds, "SET", 16)
+    task = make_task("clouds:s_rate=0.5")
+    x, y = (task.data(16, torch.Generator().manual_seed(i))[0] for i in (0, 1))
+    alike, one, small = (task.compare(z, y) for z in (x, x[:1].expand_as(x), 0.5 * x))
+    assert 0.2 <= alike["1-NNA"] <= 0.8 and alike["COV"] > 0.3
+    assert one["COV"] == round(1 / 16, 3) and one["MMD"] > alike["MMD"]
+    assert small["1-NNA"] == 1.0 and small["MMD"] > 10 * alike["MMD"]
+
+
+def test_the_committed_card_has_them():
+    card = load_checkpoint(None, make_task("clouds")).card
+    made, data = card["set_metrics"], card["set_metrics_of_data"]
+    assert made["1-NNA"] > 0.6 > data["1-NNA"] > 0.35, (
+        "the reference can be told from data, data cannot"
+    )
+    assert made["COV"] < data["COV"] and made["MMD"] > data["MMD"]

@@ -24,11 +24,18 @@ from prefenv.device import stratified_uniform
 from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.networks import VelocityField
-from prefenv.point_clouds import chamfer
+from prefenv.point_clouds import (
+    chamfer,
+    chamfer_matrix,
+    coverage,
+    minimum_matching_distance,
+    nearest_neighbour_accuracy,
+)
 from prefenv.set_networks import HilDDVelocity, Rescaled, RescaledFlow, SetVelocity
 from prefenv.tasks.base import Demo, Task, TrainConfig
 
 ROLL, S_CURVE = 0, 1
+SET = 64  # clouds of a set that is compared with another
 # Half of the mean range of a noisy cloud's 800 numbers, and their mean middle, before it is scaled.
 _RANGE = {ROLL: (12.672, 1.500), S_CURVE: (2.189, 0.0)}
 
@@ -162,6 +169,18 @@ class Clouds(Task):
         parts = across.sort(1).values.tensor_split(min(20, self.points), 1)
         quantiles = torch.cat([q.mean(1) for q in parts], 1)
         return quantiles / math.sqrt(quantiles.shape[1] / 2)
+
+    def compare(self, x: Tensor, data: Tensor) -> dict[str, float]:
+        """1-NNA, COV and MMD of the first ``SET`` clouds of each, by Chamfer distance."""
+        x, y = x[:SET], data[:SET]
+        across = chamfer_matrix(x, y)
+        return {
+            "1-NNA": round(
+                nearest_neighbour_accuracy(chamfer_matrix(x, x), across, chamfer_matrix(y, y)), 3
+            ),
+            "COV": round(coverage(across), 3),
+            "MMD": round(minimum_matching_distance(across), 5),
+        }
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
         axes.scatter(x[:, 0], x[:, 1], s=2.5, color=color, lw=0)
