@@ -1,12 +1,16 @@
 """PFM's image experiment at 8 x 8: which digit was asked for, before and after alignment.
 
     python -m benchmarks.digits            some 6 minutes of one core
+    python -m benchmarks.digits --task digits:data_path=mnist.npz
+
+The second is for other pictures, of which there must be a reference (``prefenv train --task ...``) and a judge
+(``python -m oracles.lenet --task ...``).
 
 Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.1): samples of the conditional reference, preferred by the
 probability that a LeNet gives to the asked digit; pairs of the **best and the worst** of a panel, or **random**
 pairs; every method gets as many judged samples. PFM learns the pairs of Algorithm 1 and is applied once,
 and again to what came out. ``benchmarks/results/digits.md`` has the table, ``digits.jsonl`` the numbers,
-``digits.png`` samples from the same noises.
+``digits.png`` samples from the same noises; another task's files have its name.
 
 The judge is the reward, so it cannot say whether it was fooled. The last two columns do not know it: the digit of
 the nearest real picture, and the distance to it.
@@ -20,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 import tyro
 from torch import Tensor
@@ -28,8 +31,10 @@ from torch import Tensor
 from benchmarks.pages import keep, once
 from prefenv import plotting
 from prefenv.device import make_generator
+from prefenv.errors import PrefenvError
 from prefenv.oracle import scored
 from prefenv.registry import make_agent, make_oracle, make_task
+from prefenv.runs import RunConfig
 
 RESULTS = Path(__file__).parent / "results"
 # protocol: panel size, and how the oracle answers.
@@ -48,6 +53,7 @@ class Args:
     """Run it.
 
     Args:
+        task: The task; settings may follow, ``digits:data_path=mnist.npz``.
         seeds: How many seeds, from 0.
         queries: Judged samples of each method, a multiple of 128.
         pfm_updates: Gradient steps of the preference flow.
@@ -57,6 +63,7 @@ class Args:
         out: Folder of the results.
     """
 
+    task: str = "digits"
     seeds: int = 2
     queries: int = 2048
     pfm_updates: int = 300
@@ -66,11 +73,32 @@ class Args:
     out: Path = RESULTS
 
 
-class Bench:
-    """The task, its judge, and what is scored."""
+def config(args: Args, method: str, pairs: str, seed: int) -> RunConfig:
+    """What a part runs; ``data``, which is the protocol's data set, has no agent of its own."""
+    agent, rounds = METHODS.get(method, ("ppo", 1))
+    panel_size, answer = PAIRS[pairs]
+    return RunConfig(
+        agent=agent.format(**asdict(args)),
+        task=args.task,
+        oracle=f"legible:answer={answer}",
+        queries=args.queries,
+        panel_size=panel_size,
+        rows=args.queries // rounds,
+        seed=seed,
+        device="cpu",
+    )
 
-    def __init__(self, per_digit: int):
-        self.task: Any = make_task("digits")
+
+class Bench:
+    """The task, its judge, and what is scored.
+
+    Args:
+        task: The task, by name.
+        per_digit: Samples of each digit.
+    """
+
+    def __init__(self, task: str, per_digit: int):
+        self.task: Any = make_task(task)
         self.oracle = make_oracle("legible", self.task)
         self.asked = self.task.fixed_conditions().repeat(per_digit)
         rng = make_generator(0, stream="benchmark digits")
@@ -88,19 +116,19 @@ class Bench:
             "residual": float(near.median()),
         }
 
-    def env(self, queries: int, rounds: int, pairs: str) -> Any:
-        """An env of the protocol."""
-        panel_size, answer = PAIRS[pairs]
-        return gym.make_vec(
-            "prefenv/Digits-v0",
-            num_envs=queries // rounds,
-            panel_size=panel_size,
-            oracle=f"legible:answer={answer}",
-        )
+    def known(self, task: str, start: Tensor) -> list[dict[str, Any]]:
+        """The rows of real pictures, and of the reference's samples ``start``."""
+        real = self.task.data(1000, make_generator(0), "test")
+        size = " x ".join(map(str, self.task.event_shape[1:]))
+        about = {"task": task, "size": size, "samples": len(start)}
+        return [
+            {"model": "real pictures (test part)", **self.measure(*real)},
+            {"model": "reference", **about, **self.measure(start, self.asked)},
+        ]
 
     def data_set(self, args: Args, pairs: str, seed: int) -> dict[str, dict[str, float]]:
         """The reference's samples that the protocol prefers and rejects."""
-        env = self.env(args.queries, 1, pairs).unwrapped
+        env = config(args, "data", pairs, seed).make_env().unwrapped
         env.reset(seed=seed)
         x = env.reference.sample(env._x, env.condition)
         told = env.judge(x, None, env.condition)
@@ -111,9 +139,8 @@ class Bench:
 
     def run(self, args: Args, method: str, pairs: str, seed: int) -> dict[str, Tensor]:
         """Samples of an aligned model, by name; of PFM, after each application."""
-        name, rounds = METHODS[method]
-        env = self.env(args.queries, rounds, pairs)
-        agent = make_agent(name.format(**asdict(args)), env, seed=seed)
+        todo = config(args, method, pairs, seed)
+        agent = make_agent(todo.agent, todo.make_env(), seed=seed)
         agent.learn(args.queries)
         if method != "PFM":
             return {method: agent.sample(self.noise, self.asked)}
@@ -127,12 +154,13 @@ class Bench:
 
 def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[dict[str, Any]]:
     """The rows of one part."""
-    about = {"pairs": pairs, "seed": seed, "queries": args.queries}
+    about: dict[str, Any] = {"pairs": pairs, "seed": seed, "queries": args.queries}
     began = time.process_time()
     if method == "data":
         rows = [{"model": k, **v} for k, v in bench.data_set(args, pairs, seed).items()]
     else:
         made = bench.run(args, method, pairs, seed)
+        about |= {"agent": config(args, method, pairs, seed).agent, "rounds": METHODS[method][1]}
         rows = [
             {
                 "model": name,
@@ -145,10 +173,16 @@ def part(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[d
     return [{**about, **row} for row in rows]
 
 
+def part_name(args: Args, method: str, pairs: str, seed: int) -> str:
+    """A part's name, which tells all that decides its rows: most of it by the run's hash."""
+    plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
+    run = config(args, method, pairs, seed).name
+    return f"{plain}-{run}-{args.applications}-{args.per_digit}"
+
+
 def finished(args: Args, bench: Bench, method: str, pairs: str, seed: int) -> list[dict[str, Any]]:
     """The rows of one part, from its file if it was finished before."""
-    plain = f"{method}-{pairs}".translate({ord(c): None for c in " `()"})
-    file = args.work / f"{plain}-s{seed}-{args.queries}.json"
+    file = args.work / f"{part_name(args, method, pairs, seed)}.json"
     return once(file, lambda: part(args, bench, method, pairs, seed))
 
 
@@ -158,10 +192,8 @@ def cell(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
-def table(
-    rows: list[dict[str, Any]], reference: dict[str, float], real: dict[str, float]
-) -> list[str]:
-    """A Markdown line for each model and protocol."""
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown line for each model and protocol; real pictures and reference, which have none, come first."""
     heads = (
         "model",
         "pairs",
@@ -171,19 +203,46 @@ def table(
         "distance",
     )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name, known in (("real pictures (test part)", real), ("reference", reference)):
-        lines.append(f"| {name} |  | " + " | ".join(f"{known[c]:.4f}" for c in COLUMNS) + " |")
-    for pairs in PAIRS:
-        mine = [r for r in rows if r["pairs"] == pairs]
+    for pairs in ("", *PAIRS):
+        mine = [r for r in rows if r.get("pairs", "") == pairs]
         for name in dict.fromkeys(r["model"] for r in mine):
             cells = [cell([r[c] for r in mine if r["model"] == name]) for c in COLUMNS]
             lines.append(f"| {name} | {pairs} | {' | '.join(cells)} |")
     return lines
 
 
+def page(rows: list[dict[str, Any]]) -> list[str]:
+    """The page's lines."""
+    (reference,) = [r for r in rows if r["model"] == "reference"]
+    runs = [r for r in rows if "pairs" in r]
+    seeds, queries = len({r["seed"] for r in runs}), runs[0]["queries"]
+    task = "" if reference["task"] == "digits" else f" --task {reference['task']}"
+    told: dict[str, str] = {}  # PFM's later applications are of the same agent
+    for r in runs:
+        if "agent" in r:
+            told.setdefault(r["agent"], f"{r['model']}: `{r['agent']}`, rounds: {r['rounds']}")
+    return [
+        f"# Digits: PFM's image experiment at {reference['size']}",
+        "",
+        f"`python -m benchmarks.digits{task} --seeds {seeds} --queries {queries}`: {queries} judged "
+        f"samples a method, {reference['samples']} samples scored; mean (range) over the seeds. *Best and worst*: "
+        f"of panels of {PAIRS['best and worst'][0]} samples of one digit; *random*: panels of 2. *Preferred* and "
+        "*rejected* are the reference's samples that the protocol chose. The distance is the median, per pixel "
+        "(the real pictures are themselves among those that it is taken to).",
+        "",
+        f"Agents, with their defaults where nothing is said: {'; '.join(told.values())}. RLHF optimises the "
+        "judge's answers themselves (1 for the preferred sample, 0 for the rejected one), with no fitted reward "
+        "in between, because the Bradley-Terry reward of `prefenv/reward.py` takes no conditions.",
+        "",
+        *table(rows),
+    ]
+
+
 def figure(bench: Bench, rows: list[dict[str, Any]], reference: Tensor) -> Any:
     """Twenty samples of each model, from the same noises."""
-    mine = [r for r in rows if r["pairs"] == "best and worst" and r["seed"] == 0 and "shown" in r]
+    mine = [
+        r for r in rows if r.get("pairs") == "best and worst" and r["seed"] == 0 and "shown" in r
+    ]
     shown = [torch.tensor(r["shown"]) / 100 for r in mine]
     sheets = [x.numpy() for x in (reference[:20], *shown)]
     names = ["reference", *[r["model"].replace("`", "").split(" (")[0] for r in mine]]
@@ -193,34 +252,24 @@ def figure(bench: Bench, rows: list[dict[str, Any]], reference: Tensor) -> Any:
 
 def main(args: Args) -> None:
     """Run what is missing, and write the results."""
-    bench, rows = Bench(args.per_digit), []
+    bench = Bench(args.task, args.per_digit)
     with torch.no_grad():
-        policy = bench.env(16, 1, "best and worst").unwrapped.reference
+        policy = config(args, "data", "random", 0).make_env().unwrapped.reference
         start = policy.sample(bench.noise, bench.asked)
-    real = bench.measure(*bench.task.data(1000, make_generator(0), "test"))
+    rows = bench.known(args.task, start)
     for seed in range(args.seeds):
         for pairs in PAIRS:
             for method in ("data", *METHODS):
                 rows += finished(args, bench, method, pairs, seed)
                 print(f"seed {seed}, {pairs}, {method}", flush=True)
-    reference = bench.measure(start, bench.asked)
-    lines = [
-        "# Digits: PFM's image experiment at 8 x 8",
-        "",
-        f"`python -m benchmarks.digits --seeds {args.seeds} --queries {args.queries}`: {args.queries} judged "
-        f"samples a method, {len(bench.asked)} samples scored; mean (range) over the seeds. *Best and worst*: of "
-        f"panels of {PAIRS['best and worst'][0]} samples of one digit; *random*: panels of 2. *Preferred* and "
-        "*rejected* are the reference's samples that the protocol chose. The distance is the median, per pixel "
-        "(the real pictures are themselves among those that it is taken to).",
-        "",
-        *table(rows, reference, real),
-    ]
     plain = [{k: v for k, v in r.items() if k != "shown"} for r in rows]
-    plain.insert(0, {"model": "reference", **reference})
-    text = keep(args.out, "digits", lines, plain)
-    figure(bench, rows, start).savefig(args.out / "digits.png")
+    text = keep(args.out, bench.task.name, page(rows), plain)
+    figure(bench, rows, start).savefig(args.out / f"{bench.task.name}.png")
     print(text)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except PrefenvError as error:
+        raise SystemExit(f"benchmarks.digits: {error}") from None

@@ -2,21 +2,25 @@
 
     python -m benchmarks.segments                    Pendulum-v1 and Hopper-v5, three skills, five seeds
     python -m benchmarks.segments --envs Pendulum-v1
+    python -m benchmarks.segments --envs Hopper-v5 --data-path hopper_medium-v2.hdf5 --returns -20.3 3234.3
 
 Protocol of Kim et al. 2024 (arXiv 2405.20234, section 5.3), on behaviour of our own (``benchmarks/behaviour.py``)
 instead of D4RL's. The reference is behaviour cloning (BC): a flow that makes ten actions for the state they begin
 in. About a thousand pairs of its segments, two of a state, are labelled by their true return; DPO, PFM and
 marginal BC (flow matching on the preferred ones alone) learn from them, and then **act in the env**: in every
 state a segment is made and its first action is done. The normalised return is 0 for uniform actions and 100 for
-the expert.
+the expert. The third line is for a file of D4RL's or Minari's, of which there must be a reference
+(``prefenv train --task segments:env=...,data_path=...``), and whose 0 and 100 are told.
 
-Found: what was asked for grows everywhere, with DPO before PFM before marginal BC; what comes of it depends on how
-far ten steps see. In Pendulum (half a second) PFM and marginal BC act better than the medium behaviour they
-started from in every seed, DPO in three of five; in Hopper (0.08 seconds) all act worse than medium and expert
-behaviour, and the more they earn in ten steps, the less in an episode.
+Found: what was asked for grows everywhere, with DPO before PFM before marginal BC (in Pendulum's expert behaviour
+all alike); what comes of it depends on how far ten steps see. In Pendulum (half a second) PFM and marginal BC act
+better than BC of the medium behaviour in every seed, DPO in three of five; of the random one all three do on
+average, and of the expert one, where little is left to gain, none does. In Hopper (0.08 seconds) all three act
+worse than BC of medium and expert behaviour, and the more they earn in ten steps, the less in an episode; of the
+random one PFM and marginal BC act as before, DPO worse.
 
 Writes ``segments.jsonl`` (a line a run), ``segments.md`` and ``segments.png`` to
-``benchmarks/results/``.
+``benchmarks/results/``; for a file, under its task's name.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +43,9 @@ from benchmarks.pages import keep, once
 from prefenv import plotting
 from prefenv.checkpoints import shipped
 from prefenv.device import make_generator
+from prefenv.errors import ConfigError, PrefenvError
 from prefenv.oracle import scored
-from prefenv.registry import make_agent, make_oracle
+from prefenv.registry import make_agent, make_oracle, make_task
 from prefenv.runs import RunConfig
 from prefenv.tasks.segments import Segments
 
@@ -68,6 +73,8 @@ class Args:
         first: The first seed.
         queries: Judged segments of each method, two a pair.
         episodes: Episodes that each model plays.
+        data_path: A file of behaviour in the one env, instead of skills.
+        returns: Of that env, which the normalised return calls 0 and 100.
         work: Folder of finished runs, which are not repeated.
         out: Folder of the results.
     """
@@ -79,6 +86,8 @@ class Args:
     first: int = 0
     queries: int = 2048
     episodes: int = 10
+    data_path: Path | None = None
+    returns: tuple[float, float] | None = None
     work: Path = Path("runs/segments")
     out: Path = RESULTS
 
@@ -109,13 +118,37 @@ def play(env_id: str, task: Segments, model: Any, episodes: int, seed: int) -> n
     return total
 
 
-def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str, Any]:
-    """One model: made, asked for segments of fixed states, and let loose in the env."""
-    began, made = time.process_time(), METHODS[method]
-    agent, rounds = made or ("rft", 1)
-    config = RunConfig(
+def task_text(args: Args, env_id: str, skill: str) -> str:
+    """The task of a skill, or of the file."""
+    source = f"skill={skill}" if args.data_path is None else f"data_path={args.data_path}"
+    return f"segments:env={env_id},{source}"
+
+
+def checked(args: Args) -> Args:
+    """The arguments; a file's one skill is named after its task.
+
+    Raises:
+        ConfigError: A file without its env, returns or reference, or returns without a file.
+    """
+    if args.data_path is None and args.returns is None:
+        return args
+    if args.data_path is None or args.returns is None or len(args.envs) != 1:
+        raise ConfigError("a file wants --data-path FILE, --envs ID and --returns RANDOM EXPERT")
+    if not args.returns[0] < args.returns[1]:
+        raise ConfigError(f"--returns {args.returns}: the expert's is the larger one")
+    text = task_text(args, args.envs[0], "")
+    name = make_task(text).name
+    if not shipped(name).is_file():
+        raise ConfigError(f"{name} has no reference yet; make it with: prefenv train --task {text}")
+    return replace(args, skills=(name,))
+
+
+def config(args: Args, env_id: str, skill: str, method: str, seed: int) -> RunConfig:
+    """What a run does; BC, which does nothing, has no agent of its own."""
+    agent, rounds = METHODS[method] or ("rft", 1)
+    return RunConfig(
         agent=agent,
-        task=f"segments:env={env_id},skill={skill}",
+        task=task_text(args, env_id, skill),
         oracle="segment-return:answer=best",
         queries=args.queries,
         panel_size=2,
@@ -123,19 +156,26 @@ def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str
         seed=seed,
         device="cpu",
     )
-    env = config.make_env()
+
+
+def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str, Any]:
+    """One model: made, asked for segments of fixed states, and let loose in the env."""
+    began, made = time.process_time(), METHODS[method]
+    asked_for = config(args, env_id, skill, method, seed)
+    env = asked_for.make_env()
     task: Any = env.unwrapped.task
     model: Any = env.unwrapped.reference
     if made:
-        model = make_agent(config.agent, env, seed=seed).learn(args.queries)
+        model = make_agent(asked_for.agent, env, seed=seed).learn(args.queries)
     oracle = make_oracle("segment-return", task)
     asked = task.draw_conditions(512, make_generator(0, stream="segments benchmark"))
     noise = torch.randn(512, *task.event_shape, generator=make_generator(0, stream="segments"))
     with torch.no_grad():
         x = model.sample(noise, asked)
     returns = play(env_id, task, model, args.episodes, seed)
-    known = behaviour_returns(env_id)
-    low, high = known["random"]["return"], known["expert"]["return"]
+    low, high = args.returns or [
+        behaviour_returns(env_id)[s]["return"] for s in ("random", "expert")
+    ]
     return {
         "env": env_id,
         "skill": skill,
@@ -152,10 +192,17 @@ def run(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str
     }
 
 
+def run_name(args: Args, env_id: str, skill: str, method: str, seed: int) -> str:
+    """A run's name, which tells all that decides its row: most of it by the hash."""
+    hashed = config(args, env_id, skill, method, seed).name
+    ends = "".join(f"-{r:g}" for r in args.returns or ())
+    name = f"{env_id}-{skill}-{method}-{hashed}-{args.episodes}{ends}"
+    return name.replace(" ", "-").lower()
+
+
 def finished(args: Args, env_id: str, skill: str, method: str, seed: int) -> dict[str, Any]:
     """A run's row, from its file if it was finished before."""
-    name = f"{env_id}-{skill}-{method}-s{seed}-{args.queries}-{args.episodes}".replace(" ", "-")
-    file = args.work / f"{name.lower()}.json"
+    file = args.work / f"{run_name(args, env_id, skill, method, seed)}.json"
     return once(file, lambda: run(args, env_id, skill, method, seed))
 
 
@@ -164,10 +211,13 @@ def behaviour_returns(env_id: str) -> dict[str, Any]:
     return json.loads(shipped(f"behaviour/{env_id.lower()}", ".json").read_text())
 
 
-def behaved(env_id: str) -> list[str]:
-    """The mean returns of each skill, in words."""
+def behaved(args: Args, env_id: str) -> str:
+    """The mean returns of each skill, in words; of a file, what is 0 and 100."""
+    if args.returns is not None:
+        return f"{env_id}: uniform {args.returns[0]:g}, expert {args.returns[1]:g}"
     known = behaviour_returns(env_id)
-    return [f"{skill} {known[skill]['return']:.0f}" for skill in SKILLS]
+    told = [f"{skill} {known[skill]['return']:.0f}" for skill in SKILLS]
+    return f"{env_id}: {', '.join(told)}"
 
 
 def cell(values: list[float], digits: int = 1) -> str:
@@ -218,6 +268,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 def main(args: Args) -> None:
     """Run what is missing, and write the results."""
     torch.set_num_threads(1)
+    args = checked(args)
     todo = [
         (env_id, skill, method, seed)
         for env_id in args.envs
@@ -231,14 +282,16 @@ def main(args: Args) -> None:
         bar.set_postfix_str(", ".join(map(str, case)))
         rows.append(finished(args, *case))
     settings = [f"{m}: `{made[0]}`" for m, made in METHODS.items() if made and m in args.methods]
-    told = [f"{env_id}: {', '.join(behaved(env_id))}" for env_id in args.envs]
+    told = [behaved(args, env_id) for env_id in args.envs]
+    name = "segments" if args.data_path is None else args.skills[0]
+    file = "" if args.data_path is None else f" --envs {args.envs[0]} --data-path {args.data_path}"
     lines = [
         "# Segments: PFM's offline-RL experiment, rolled out in the real env",
         "",
-        f"`python -m benchmarks.segments --seeds {args.seeds} --queries {args.queries}`: {args.queries // 2} "
-        f"pairs of the reference's segments labelled by their true return, {args.episodes} episodes a model, "
-        f"seeds {args.first} to {args.first + args.seeds - 1}. BC is one model; its seeds are those of the "
-        f"episodes. {'; '.join(settings)}.",
+        f"`python -m benchmarks.segments{file} --seeds {args.seeds} --queries {args.queries}`: "
+        f"{args.queries // 2} pairs of the reference's segments labelled by their true return, "
+        f"{args.episodes} episodes a model, seeds {args.first} to {args.first + args.seeds - 1}. "
+        f"BC is one model; its seeds are those of the episodes. {'; '.join(settings)}.",
         "",
         "Normalised return (mean ± standard deviation over the seeds): 0 = uniform actions, 100 = the expert; the "
         f"returns of the behaviour itself: {'; '.join(told)}.",
@@ -250,12 +303,15 @@ def main(args: Args) -> None:
         "",
         *table(rows, "segment_score", 3),
         "",
-        "![normalised returns](segments.png)",
+        f"![normalised returns]({name}.png)",
     ]
-    text = keep(args.out, "segments", lines, rows)
-    figure(rows).savefig(args.out / "segments.png", dpi=150)
+    text = keep(args.out, name, lines, rows)
+    figure(rows).savefig(args.out / f"{name}.png", dpi=150)
     print(text)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except PrefenvError as error:
+        raise SystemExit(f"benchmarks.segments: {error}") from None

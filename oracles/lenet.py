@@ -10,8 +10,9 @@ reward gradient is one. ``python -m oracles.lenet`` trains, on pictures that the
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from prefenv.train import save_card
 
 FORMAT = "prefenv-lenet-1"
 JUDGE, AESTHETIC = "judge", "aesthetic"
-COMMAND = "python -m oracles.lenet"
 ABOUT = {
     JUDGE: "A LeNet that tells the digits apart, for the oracle `legible`.",
     AESTHETIC: "A LeNet that tells real pictures from model A's, for the oracle `aesthetic`.",
@@ -82,7 +82,8 @@ def load(task: Task, kind: str, outputs: int, path: str | None = None) -> LeNet:
         raise ConfigError(f"this oracle looks at digits, not at {task.name!r}")
     file = shipped(f"{task.name}-{kind}") if path is None else Path(path)
     if not file.is_file():
-        raise CheckpointError(f"no {kind} at {file}; make it with: python -m oracles.lenet")
+        name = "digits" if task.data_path is None else f"digits:data_path={task.data_path}"
+        raise CheckpointError(f"no {kind} at {file}; make it with: {command(Args(task=name))}")
     tensors, header = read_safetensors(file, FORMAT)
     if (header.get("task"), header.get("kind")) != (task.name, kind):
         raise CheckpointError(f"{file} is no {kind} of {task.name}")
@@ -158,6 +159,15 @@ class Args:
     seed: int = 0
 
 
+def command(args: Args) -> str:
+    """The command line of these arguments; defaults are left out."""
+    given = [
+        (f.name, getattr(args, f.name)) for f in fields(args) if getattr(args, f.name) != f.default
+    ]
+    words = [word for name, value in given for word in (f"--{name}", str(value))]
+    return shlex.join(["python", "-m", "oracles.lenet", *words])
+
+
 def main(args: Args) -> None:
     """Train and write them."""
     task = make_task(args.task)
@@ -165,7 +175,9 @@ def main(args: Args) -> None:
         header = {"format": FORMAT, "task": task.name, "kind": kind, "card": json.dumps(card)}
         path = args.out / f"{task.name}-{kind}.safetensors"
         write_atomic(path, serialize(dict(model.state_dict()), header))
-        save_card(path, f"The {kind} of `{task.name}`", ABOUT[kind], {"command": COMMAND, **card})
+        save_card(
+            path, f"The {kind} of `{task.name}`", ABOUT[kind], {"command": command(args), **card}
+        )
         print(f"{path}: {card}")
 
 

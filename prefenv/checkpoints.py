@@ -111,7 +111,7 @@ def load_checkpoint(path: Path | str | None, task: Task) -> Checkpoint:
     path = shipped(task.name) if path is None else find(path)
     if not path.is_file():
         raise CheckpointError(
-            f"no checkpoint at {path}; make one with: prefenv train --task {task.name} --out {path}"
+            f"no checkpoint at {path}; make one with: prefenv train --task {task.text} --out {path}"
         )
     tensors, header = read_safetensors(path, "prefenv-flow-1")
     if header.get("task") != task.name:

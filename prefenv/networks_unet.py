@@ -57,7 +57,7 @@ class VelocityUNet(VelocityField):
         frequencies: Sine and cosine features of ``t``, geometric from 1 to 100 rad.
 
     Raises:
-        ConfigError: Images of an odd size.
+        ConfigError: Images of an odd size, or a width that is no multiple of 4.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class VelocityUNet(VelocityField):
         channels, *size = self.event_shape
         if any(n % 2 for n in size):
             raise ConfigError(f"the U-Net halves its images: even sizes, not {size}")
+        if not isinstance(width, int) or width < 4 or width % 4:
+            raise ConfigError(f"the U-Net's channels are a multiple of 4, not {width!r}")
         told = 4 * width
         self.time, self.label = nn.Linear(2 * frequencies, told), nn.Embedding(classes, told)
         self.mix = nn.Linear(told, told)

@@ -152,8 +152,18 @@ def env_id(task: str) -> str:
 
 
 def make_task(name: str) -> Any:
-    """The task behind a name, with settings if the text has any."""
-    return make("task", name)
+    """The task behind a name, with settings if the text has any.
+
+    Raises:
+        UnknownNameError: Unknown name.
+        ConfigError: Unknown or wrong settings; guidance that nothing was trained for.
+    """
+    task = make("task", name)
+    if task.guidance != 1 and not task.train.drop:
+        raise ConfigError(
+            f"task {parse(name)[0]!r} takes no guidance: its training drops no conditions; leave it out"
+        )
+    return task
 
 
 def make_oracle(name: str, task: Any) -> Any:

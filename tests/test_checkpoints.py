@@ -231,3 +231,20 @@ def test_a_flow_on_cuda_is_written_and_read(tmp_path, task, flow):
     save_checkpoint(path, flow.clone().cuda(), task, CARD)
     back = load_checkpoint(path, task).flow.state_dict()
     assert all(torch.equal(back[k], v) for k, v in flow.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shapes",
+        "shapes:s_rate=0.02",
+        "digits:wrong=0.0,channels=8",
+        "segments:env=Pendulum-v1,skill=expert",
+    ],
+)
+def test_a_tasks_text_makes_it_again(text):
+    """It is what the hint says when there is no checkpoint: a command that can be run."""
+    task = make_task(text)
+    assert make_task(task.text) == task
+    settings = set(text.partition(":")[2].split(",")) - {"", "env=Pendulum-v1"}
+    assert settings == set(task.text.partition(":")[2].split(",")) - {""}

@@ -61,6 +61,8 @@ def one_line(capsys, code, *words):
         (["align", "--beta", "0"], ["beta"]),
         (["demo", "--agents", "nobody"], ["unknown agent"]),
         (["train", "--task", "nothing"], ["unknown task"]),
+        (["train", "--task", "shapes:guidance=3.0"], ["'shapes' takes no guidance"]),
+        (["train", "--task", "digits:channels=6"], ["multiple of 4", "not 6"]),
         (["train", "--iterations", "0"], ["iterations"]),
         (["train", "--out", "model.pt"], [".safetensors"]),
         (["check-agent", "nobody"], ["unknown agent"]),

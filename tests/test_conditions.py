@@ -21,7 +21,7 @@ from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.offline import make_samples, rounds
 from prefenv.oracle import Oracle
 from prefenv.policy import FlowPolicy
-from prefenv.registry import lookup
+from prefenv.registry import lookup, make_task
 from prefenv.reward import train_reward
 from prefenv.rollout import collect
 from prefenv.tasks import Classes, Task, TrainConfig, Vector
@@ -322,6 +322,15 @@ def test_tasks_make_the_network_that_their_training_wants():
         assert isinstance(field, GuidedVelocity) == (drop > 0)
         assert field.plain().label.num_embeddings == labels
     assert field.weight == 2.0
+
+
+@pytest.mark.parametrize("task", ["shapes", "gaussians", "clouds", "segments"])
+def test_guidance_that_was_not_trained_for_is_refused(task):
+    for weight in (3.0, 0.0):
+        with pytest.raises(ConfigError, match=f"task '{task}' takes no guidance"):
+            make_task(f"{task}:guidance={weight}")
+    assert make_task(f"{task}:guidance=1").guidance == 1
+    assert make_task("digits:guidance=3.0").guidance == 3.0
 
 
 # Files

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from benchmarks.digits import PAIRS, Bench, cell, table
+from benchmarks import digits as digits_benchmark
+from benchmarks.digits import (
+    COLUMNS,
+    METHODS,
+    PAIRS,
+    RESULTS,
+    Args,
+    Bench,
+    cell,
+    config,
+    page,
+    part_name,
+    table,
+)
+from oracles import lenet
 from oracles.jpeg import jpeg_bytes
 from oracles.lenet import LeNet
 from prefenv import plotting
-from prefenv.checkpoints import load_checkpoint, shipped
+from prefenv.checkpoints import load_checkpoint, save_checkpoint, shipped
 from prefenv.errors import CheckpointError, ConfigError
 from prefenv.networks import GuidedVelocity
 from prefenv.networks_unet import VelocityUNet
@@ -90,24 +110,81 @@ def test_a_file_of_other_pictures_is_another_task(tmp_path):
     x, y = rng.integers(0, 256, (36, 28, 28), dtype=np.uint8), rng.integers(0, 10, 36)
     np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y)
     task = make_task(f"digits:wrong=0.0,data_path={tmp_path / 'mnist.npz'}")
-    assert task.name == "mnist" and task.event_shape == (1, 28, 28)
+    assert task.name == "digits+mnist" and task.event_shape == (1, 28, 28)
     picture, digit = task.data(7, torch.Generator().manual_seed(0))
     levels = ((picture[:, 0] + 1) * 128).floor().numpy().astype(np.uint8)
     for row, d in zip(levels, digit.tolist(), strict=True):
         assert any(np.array_equal(row, a) and d == b for a, b in zip(x, y, strict=True))
     v = task.network()(picture, torch.tensor(0.5), digit)
     assert v.shape == picture.shape
-    with pytest.raises(CheckpointError, match="mnist"):
+    with pytest.raises(CheckpointError, match=r"digits\+mnist"):
         load_checkpoint(None, task)
-    with pytest.raises(CheckpointError, match="task 'digits', not 'mnist'"):
+    with pytest.raises(CheckpointError, match=r"task 'digits', not 'digits\+mnist'"):
         load_checkpoint(shipped("digits"), task)
-    for name, content in (("odd", {"x_train": x[:, :27], "y_train": y}), ("other", {"x": x})):
-        np.savez(tmp_path / f"{name}.npz", **content)
-        with pytest.raises(ConfigError, match="digits: "):
-            make_task(f"digits:data_path={tmp_path / name}.npz").event_shape  # noqa: B018
-    (tmp_path / "bad.npz").write_text("no zip")
-    with pytest.raises(ConfigError, match="is no .npz"):
-        make_task(f"digits:data_path={tmp_path / 'bad.npz'}").event_shape  # noqa: B018
+
+
+def save(path, levels, digits, key="x_train"):
+    """A file of pictures; its path as text."""
+    np.savez(path, **{key: np.asarray(levels), "y_train": np.asarray(digits)})
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes", "digits-judge"])
+def test_a_file_named_like_one_of_ours_takes_nothing_of_ours(name, tmp_path):
+    task = make_task(f"digits:data_path={save(tmp_path / f'{name}.npz', *RIGHT)}")
+    assert task.name == f"digits+{name}"
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*digits\+"):
+        load_checkpoint(None, task)
+    with pytest.raises(CheckpointError, match=rf"lenet --task digits:data_path=\S*{name}\.npz"):
+        make_oracle("legible", task)
+
+
+RIGHT = np.arange(9 * 8 * 8).reshape(9, 8, 8) % 256, np.arange(9)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32, np.float64])
+def test_whole_numbers_are_levels_in_any_type(kind, tmp_path):
+    x, y = RIGHT
+    parts = pictures(save(tmp_path / "a.npz", x.astype(kind), y.astype(kind)))
+    kept = sorted(map(tuple, torch.cat([p[0].flatten(1) for p in parts.values()]).tolist()))
+    assert kept == sorted(map(tuple, x.reshape(9, -1).tolist()))
+    assert {p[2] for p in parts.values()} == {255}
+    assert sorted(torch.cat([p[1] for p in parts.values()]).tolist()) == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("levels", "digits", "message"),
+    [
+        (RIGHT[0] / 255, RIGHT[1], r"goes from 0 to 1: .* times 255"),
+        (RIGHT[0] - 1, RIGHT[1], "goes from -1 to 254"),
+        (RIGHT[0] + 1, RIGHT[1], "goes from 1 to 256"),
+        (0 * RIGHT[0], RIGHT[1], "goes from 0 to 0"),
+        (np.full((9, 8, 8), np.nan), RIGHT[1], "goes from nan"),
+        (RIGHT[0], RIGHT[1] + 2, "y_train .* from 2 to 10"),
+        (RIGHT[0], RIGHT[1] - 0.5, "y_train .* from -0.5 to 7.5"),
+        (RIGHT[0], RIGHT[1][:8], r"y_train .* shape \(8,\)"),
+        (RIGHT[0][:, :7], RIGHT[1], r"shape \(9, 7, 8\)"),
+        (RIGHT[0][:, :, :7], RIGHT[1], r"shape \(9, 8, 7\)"),
+        (RIGHT[0][:, :2], RIGHT[1], r"shape \(9, 2, 8\)"),
+        (RIGHT[0][:8], RIGHT[1][:8], r"shape \(8, 8, 8\)"),
+        (RIGHT[0].reshape(9, 64), RIGHT[1], r"shape \(9, 64\)"),
+        (np.full((9, 8, 8), "ink"), RIGHT[1], "is no .npz"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(levels, digits, message, tmp_path):
+    task = make_task(f"digits:data_path={save(tmp_path / 'a.npz', levels, digits)}")
+    with pytest.raises(ConfigError, match=f"digits: .*{message}"):
+        task.data(1, torch.Generator())
+
+
+def test_a_broken_file_is_refused(tmp_path):
+    save(tmp_path / "other.npz", *RIGHT, key="x")
+    (tmp_path / "text.npz").write_text("no zip")
+    (tmp_path / "short.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:500])
+    np.save(tmp_path / "one.npy", RIGHT[0])
+    for name in ("other.npz", "text.npz", "short.npz", "one.npy", "none.npz"):
+        with pytest.raises(ConfigError, match="is no .npz"):
+            pictures(str(tmp_path / name))
 
 
 def test_pictures_are_drawn_with_their_ink_black(task, real):
@@ -153,6 +230,9 @@ def test_it_begins_at_zero_and_wants_even_sizes():
     ).any()
     with pytest.raises(ConfigError, match="even"):
         VelocityUNet((1, 7, 8))
+    for width in (6, 0, -4, 8.0):
+        with pytest.raises(ConfigError, match="multiple of 4"):
+            make_task(f"digits:channels={width}").network()
     with pytest.raises(ConfigError, match="conditional"):
         VelocityUNet((1, 8, 8), 8)(torch.zeros(1, 1, 8, 8), torch.tensor(0.5))
 
@@ -237,6 +317,32 @@ def test_other_tasks_and_settings_are_refused(task, tmp_path):
         make_oracle(f"legible:path={shipped('digits-aesthetic')}", task)
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """``oracles.lenet`` writes networks that were never trained."""
+
+    def made(task, *_):
+        size = task.event_shape[1:]
+        return {lenet.JUDGE: (LeNet(size, 10), {}), lenet.AESTHETIC: (LeNet(size, 1), {})}
+
+    monkeypatch.setattr(lenet, "made", made)
+
+
+def test_the_judges_card_tells_the_command_that_made_it(tmp_path, monkeypatch, untrained):
+    assert lenet.command(lenet.Args()) == "python -m oracles.lenet"
+    assert "| python -m oracles.lenet |" in shipped("digits-judge", ".md").read_text()
+    monkeypatch.chdir(tmp_path)
+    argv = ["--task", "digits:data_path=my digits.npz", "--steps", "2", "--seed", "3"]
+    save("my digits.npz", *RIGHT)
+    args = tyro.cli(lenet.Args, args=argv)
+    task = make_task(args.task)
+    lenet.main(args)
+    card = (tmp_path / "checkpoints/digits+my digits-judge.md").read_text()
+    (told,) = re.findall(r"\| command \| python -m oracles\.lenet (.*) \|", card)
+    assert shlex.split(told) == argv
+    make_oracle("legible", task)
+
+
 def test_a_lenet_looks_at_larger_pictures_too():
     assert LeNet((28, 28), 10)(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
@@ -274,7 +380,7 @@ def test_every_agent_learns_digits(name):
 
 
 def test_the_benchmark_measures_what_it_says(task, real):
-    bench = Bench(2)
+    bench = Bench("digits", 2)
     got = bench.measure(*real)
     assert got["score"] > 0.9 and got["preferred_rate"] > 0.9
     assert got["nearest"] == 1.0 and got["residual"] < 0.05, "they are among the nearest"
@@ -284,9 +390,9 @@ def test_the_benchmark_measures_what_it_says(task, real):
 
 
 def test_its_pairs_are_the_protocols():
-    bench = Bench(1)
+    bench = Bench("digits", 1)
     for pairs, (size, _) in PAIRS.items():
-        env = bench.env(32, 1, pairs).unwrapped
+        env = config(Args(queries=32), "data", pairs, 0).make_env().unwrapped
         env.reset(seed=0)
         x = env.reference.sample(env._x, env.condition)
         told = env.judge(x, None, env.condition).view(-1, size)
@@ -299,7 +405,9 @@ def test_its_pairs_are_the_protocols():
 def test_its_table_has_a_line_for_each_model():
     known = dict.fromkeys(("score", "preferred_rate", "nearest", "residual"), 0.5)
     rows = [{"model": "PFM", "pairs": "random", **known, "score": s} for s in (0.25, 0.75)]
-    lines = table(rows, known, known)
+    rows += [{"model": name, **known} for name in ("real", "reference")]
+    lines = table(rows)
+    assert lines[2] == "| real |  | " + " | ".join(["0.5000"] * 4) + " |"
     assert (
         lines[-1]
         == "| PFM | random | 0.5000 (0.2500 to 0.7500) | "
@@ -307,3 +415,65 @@ def test_its_table_has_a_line_for_each_model():
         + " |"
     )
     assert len(lines) == 5
+
+
+def test_its_parts_of_other_settings_are_others():
+    case, args = ("PFM", "random", 0), Args()
+    changes = (
+        {"task": "digits:wrong=0.0"},
+        {"pfm_updates": 1},
+        {"applications": 1},
+        {"per_digit": 1},
+    )
+    names = [part_name(a, *case) for a in (args, *(replace(args, **c) for c in changes))]
+    names += [part_name(args, *other) for other in (("data", *case[1:]), (*case[:2], 1))]
+    assert len(set(names)) == 7
+
+
+def test_it_takes_its_task_through(tmp_path, monkeypatch, untrained):
+    """Of other pictures: their sizes, their reference, their judge, from the env to the page."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    save("my.npz", rng.integers(0, 256, (90, 12, 12)), rng.integers(0, 10, 90))
+    text = "digits:channels=4,data_path=my.npz"
+    with pytest.raises(CheckpointError, match=r"digits\+my"):
+        Bench(text, 1)
+    task = make_task(text)
+    save_checkpoint(Path("checkpoints/digits+my.safetensors"), task.flow(), task, {})
+    lenet.main(lenet.Args(task=text))
+    args = Args(task=text, seeds=1, queries=128, pfm_updates=1, applications=2, per_digit=1)
+    monkeypatch.setattr(digits_benchmark, "METHODS", {"PFM": METHODS["PFM"]})
+    digits_benchmark.main(replace(args, work=tmp_path / "work", out=tmp_path / "out"))
+    found = (tmp_path / "out" / "digits+my.md").read_text()
+    assert "at 12 x 12" in found and f"--task {text} --seeds 1 --queries 128`" in found
+    assert "10 samples scored" in found and "| PFM x 2 | random |" in found
+    assert "updates=1`" in found and (tmp_path / "out" / "digits+my.png").exists()
+
+
+def results():
+    return [json.loads(line) for line in (RESULTS / "digits.jsonl").read_text().splitlines()]
+
+
+def test_the_page_says_what_the_results_say():
+    rows, lines = results(), (RESULTS / "digits.md").read_text().splitlines()
+    assert lines[: len(page(rows))] == page(rows)
+    told = "\n".join(lines)
+    for method, (agent, rounds) in METHODS.items():
+        mine = [r for r in rows if r["model"] == method]
+        text = agent.format(pfm_updates=Args.pfm_updates)
+        assert {(r["agent"], r["rounds"]) for r in mine} == {(text, rounds)}
+        assert sorted((r["pairs"], r["seed"]) for r in mine) == [
+            (p, s) for p in PAIRS for s in (0, 1)
+        ]
+        assert f"{method}: `{text}`, rounds: {rounds}" in told
+
+
+def test_the_rows_that_no_training_made_come_out_again(task):
+    bench, rows = Bench("digits", Args.per_digit), results()
+    policy = FlowPolicy(load_checkpoint(None, task).flow, shift=task.shift)
+    again = bench.known("digits", policy.sample(bench.noise, bench.asked))
+    for mine, known in zip(again, rows, strict=False):
+        assert [mine.pop(c) for c in COLUMNS] == pytest.approx(
+            [known.pop(c) for c in COLUMNS], rel=1e-3
+        )
+        assert mine == known

@@ -177,6 +177,15 @@ def test_import_writes_a_reference(published, tmp_path, capsys):
         load_checkpoint(out, make_task("clouds"))
 
 
+def test_import_hil_dd_is_a_command_in_two_words_too(tmp_path, capsys):
+    missing = str(tmp_path / "model.pt")
+    for words in (["import-hil-dd"], ["import", "hil-dd"]):
+        assert main([*words, missing]) == 2
+        assert capsys.readouterr().err == f"prefenv: no file {missing}\n"
+    assert main(["import", "./hil-dd"]) == 2, "answers, in a file of that name"
+    assert "--into" in capsys.readouterr().err
+
+
 class Bomb:
     def __init__(self, mark):
         self.mark = mark

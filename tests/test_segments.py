@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import segments as benchmark
 from benchmarks.segments import METHODS, SKILLS, behaviour_returns, cell, play, table
 from oracles.segment_return import Player, SegmentReturn, setter
-from prefenv.checkpoints import shipped
+from prefenv.checkpoints import save_checkpoint, shipped
 from prefenv.errors import ConfigError
 from prefenv.registry import make_oracle, make_task
+from prefenv.tasks.base import own_name
 from prefenv.tasks.segments import Behaviour, Segments, spaces
 
 mujoco = pytest.importorskip("mujoco", reason="needs the extra prefenv[control]")
@@ -117,7 +122,7 @@ def write_d4rl(path, told):
 
 def write_minari(folder, told, length=10):
     """A group an episode, whose last observation has no action."""
-    path = folder / "toy-v0" / "data" / "main_data.hdf5"
+    path = folder / "data" / "main_data.hdf5"
     path.parent.mkdir(parents=True)
     with h5py.File(path, "w") as file:
         for k in range(len(told["rewards"]) // length):
@@ -136,15 +141,40 @@ def write_minari(folder, told, length=10):
 def test_d4rl_and_minari_files_are_read_alike(tmp_path):
     told = arrays(120)
     write_d4rl(tmp_path / "toy.hdf5", told)
-    minari = write_minari(tmp_path, told)
+    minari = write_minari(tmp_path / "toy" / "expert-v0", told)
     tasks = [Segments(data_path=str(p)) for p in (tmp_path / "toy.hdf5", minari)]
-    assert [t.name for t in tasks] == ["segments-toy", "segments-toy-v0"]
+    assert [t.name for t in tasks] == ["segments+toy", "segments+toy-expert-v0"]
     assert all(len(t.begin) == 12 for t in tasks)
     for t in tasks:
         torch.testing.assert_close(t.steps.actions, torch.from_numpy(told["actions"]) / 2)
         torch.testing.assert_close(t.steps.rewards, torch.from_numpy(told["rewards"]))
     x, y = (t.data(7, seeded()) for t in tasks)
     assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("pendulum-v1-medium.npz", "segments+pendulum-v1-medium"),
+        ("a/hopper_medium-v2.hdf5", "segments+hopper_medium-v2"),
+        ("/sets/mujoco/hopper/expert-v0/data/main_data.hdf5", "segments+hopper-expert-v0"),
+        ("/sets/pendulum/expert-v0/data/../data/main_data.hdf5", "segments+pendulum-expert-v0"),
+        ("main_data.hdf5", "segments+main_data"),
+        ("/data/main_data.hdf5", "segments+main_data"),
+    ],
+)
+def test_a_file_is_never_named_like_one_of_ours(path, name):
+    assert own_name("segments", path) == name
+    assert not shipped(name).exists()
+
+
+def test_minaris_file_is_named_alike_from_everywhere(tmp_path, monkeypatch):
+    path = write_minari(tmp_path / "toy" / "expert-v0", arrays())
+    for folder in (path.parents[1], path.parent):
+        monkeypatch.chdir(folder)
+        task = Segments(data_path=str(path.relative_to(folder)))
+        assert task.name == "segments+toy-expert-v0"
+    assert not [p.name for p in shipped("segments").parent.iterdir() if "+" in p.name]
 
 
 @pytest.mark.parametrize(
@@ -171,9 +201,10 @@ def test_what_cannot_be_made_is_refused_with_the_mend(tmp_path):
         make_task("segments:env=CartPole-v1")
     with pytest.raises(ConfigError, match="horizon"):
         make_task("segments:horizon=0")
-    (tmp_path / "bad.npz").write_bytes(b"no zip")
-    with pytest.raises(ConfigError, match=r"no \.npz"):
-        Segments(data_path=str(tmp_path / "bad.npz"))
+    for content in (b"no zip", b"PK\x03\x04 cut off"):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"no \.npz"):
+            Segments(data_path=str(tmp_path / "bad.npz"))
     (tmp_path / "bad.hdf5").write_bytes(b"no hdf5")
     with pytest.raises(ConfigError, match="layout"):
         Segments(data_path=str(tmp_path / "bad.hdf5"))
@@ -330,6 +361,55 @@ def test_the_table_has_a_line_for_each_behaviour_and_the_mean_of_means():
     assert lines[0] == "| behaviour | BC | PFM |"
     assert lines[2] == "| A, medium | 15.0 ± 7.1 | 40.0 |" and lines[-1] == "| mean | 20.0 | 20.0 |"
     assert cell([1.0]) == "1.0" and next(iter(METHODS)) == "BC"
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A file of the pendulum's, and the benchmark's arguments for it; nothing is trained yet."""
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "toy.npz", **arrays(120))
+    return benchmark.Args(
+        envs=("Pendulum-v1",), data_path=Path("toy.npz"), returns=(-1200.0, -200.0),
+        methods=("BC",), seeds=1, queries=2, episodes=1, work=tmp_path / "work", out=tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_the_benchmark_takes_a_file(toy, capsys):
+    with pytest.raises(
+        ConfigError, match=r"train --task segments:env=Pendulum-v1,data_path=toy\.npz"
+    ):
+        benchmark.main(toy)
+    task = make_task("segments:data_path=toy.npz")
+    save_checkpoint(Path("checkpoints/segments+toy.safetensors"), task.flow(), task, {})
+    benchmark.main(toy)
+    (row,) = map(json.loads, (toy.out / "segments+toy.jsonl").read_text().splitlines())
+    assert row["skill"] == task.name and row["normalised"] == (row["return"] + 1200) / 10
+    page = (toy.out / "segments+toy.md").read_text()
+    assert "--data-path toy.npz" in page and "uniform -1200, expert -200" in page
+    assert "(segments+toy.png)" in page and (toy.out / "segments+toy.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"returns": None}, "--returns RANDOM EXPERT"),
+        ({"data_path": None}, "--data-path FILE"),
+        ({"envs": ("Pendulum-v1", "Hopper-v5")}, "--envs ID"),
+        ({"returns": (0.0, -1.0)}, "the larger one"),
+    ],
+)
+def test_a_file_wants_one_env_and_its_returns(toy, change, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark.checked(replace(toy, **change))
+
+
+def test_a_finished_run_of_other_settings_is_another(toy, monkeypatch):
+    case = ("Pendulum-v1", "medium", "PFM", 0)
+    plain = replace(toy, data_path=None, returns=None)
+    names = [benchmark.run_name(args, *case) for args in (plain, toy, replace(plain, episodes=2))]
+    names.append(benchmark.run_name(replace(toy, returns=(0.0, 1.0)), *case))
+    monkeypatch.setitem(METHODS, "PFM", ("pfm:lr=2e-3", 1))
+    assert len({*names, benchmark.run_name(plain, *case)}) == 5
 
 
 def test_spaces_are_looked_up_once():

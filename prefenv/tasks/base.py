@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,16 @@ from prefenv.errors import ConfigError
 from prefenv.flow import RectifiedFlow
 from prefenv.networks import GuidedVelocity, VelocityField, VelocityMLP
 from prefenv.tasks.conditions import Classes, Condition, panels_of
+
+
+def own_name(task: str, data_path: str) -> str:
+    """Name of a task of a user's own data file, ``digits+mnist``: no shipped name has a plus sign.
+
+    Minari's files, ``.../hopper/expert-v0/data/main_data.hdf5``, are named after their folders.
+    """
+    _, *parts = Path(os.path.abspath(data_path)).parts
+    folders = parts[-4:-2] if parts[-2:] == ["data", "main_data.hdf5"] else []
+    return f"{task}+{'-'.join(folders) or Path(data_path).stem}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,15 @@ class Task:
     condition: Condition | None = None
     guidance: float = 1.0
     demo: Demo = field(default_factory=Demo)
+
+    @property
+    def text(self) -> str:
+        """Name and settings by which ``make_task`` makes it again, ``digits:data_path=mnist.npz``."""
+        known = {f.name: f.default for f in fields(self)}
+        given = {k: getattr(self, k) for k in known if k != "name" and getattr(self, k) != known[k]}
+        told = [f"{k}={v}" for k, v in given.items() if isinstance(v, str | int | float)]
+        name = known["name"] if isinstance(known["name"], str) else self.name
+        return ":".join([name, *([",".join(told)] if told else [])])
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -178,6 +199,10 @@ class Task:
     def embed(self, x: Tensor) -> Tensor:
         """Where samples lie as points ``(n, d)``, whose distances say how different they are."""
         return x.flatten(1)
+
+    def compare(self, x: Tensor, data: Tensor) -> dict[str, float]:
+        """What the field says of a set of samples beside one of data, for the card; nothing by default."""
+        return {}
 
     def draw(self, axes, x: np.ndarray, color: str) -> None:
         """Draw one sample ``(*event_shape,)`` on matplotlib axes; with ``overlay`` also many at once."""

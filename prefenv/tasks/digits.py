@@ -25,12 +25,45 @@ from prefenv.device import make_generator
 from prefenv.errors import ConfigError
 from prefenv.networks import GuidedVelocity, VelocityField
 from prefenv.networks_unet import VelocityUNet
-from prefenv.tasks.base import Demo, Task, TrainConfig
+from prefenv.tasks.base import Demo, Task, TrainConfig, own_name
 from prefenv.tasks.conditions import Classes, Condition
 
 TEN = Classes(10)
 Part = Literal["generator", "judge", "test"]
 NEAR = 2000  # held-out pictures that a sample is compared with
+
+
+def whole(values: np.ndarray, top: int) -> bool:
+    """Whether all are whole numbers from 0 to ``top``."""
+    return bool(((values >= 0) & (values <= top) & (values % 1 == 0)).all())
+
+
+def checked(levels: np.ndarray, digits: np.ndarray, path: str) -> None:
+    """Pictures and digits of a file.
+
+    Raises:
+        ConfigError: Of another shape, or no levels from 0 to 255 and digits from 0 to 9.
+    """
+    sides = levels.shape[1:]
+    if len(sides) != 2 or min(sides) < 4 or any(n % 2 for n in sides) or len(levels) < 9:
+        raise ConfigError(
+            f"digits: x_train of {path} has shape {levels.shape}: give (n, H, W) with at least 9 pictures "
+            "of even sides from 4, pad them perhaps"
+        )
+    if not whole(levels, 255) or not levels.any():
+        raise ConfigError(
+            f"digits: x_train of {path} goes from {levels.min():g} to {levels.max():g}: give levels that are "
+            "whole numbers from 0 to 255, not all 0 (fractions in [0, 1]: times 255, rounded)"
+        )
+    if digits.shape != levels.shape[:1]:
+        raise ConfigError(
+            f"digits: y_train of {path} has shape {digits.shape}: give a digit for each of {len(levels)} pictures"
+        )
+    if not whole(digits, 9):
+        raise ConfigError(
+            f"digits: y_train of {path} goes from {digits.min():g} to {digits.max():g}: give whole numbers from 0 "
+            "to 9"
+        )
 
 
 @lru_cache(maxsize=4)
@@ -45,16 +78,13 @@ def pictures(path: str | None = None) -> dict[str, tuple[Tensor, Tensor, int]]:
         levels, digits = found.images, found.target
     else:
         try:
-            with np.load(Path(path), allow_pickle=False) as file:
-                levels, digits = file["x_train"], file["y_train"]
-        except (OSError, KeyError, ValueError) as error:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                levels, digits = (file[key].astype(np.float32) for key in ("x_train", "y_train"))
+        except Exception as error:  # what a broken file raises is anybody's guess
             raise ConfigError(
                 f"digits: {path} is no .npz with x_train and y_train ({error})"
             ) from None
-        if levels.ndim != 3 or digits.shape != levels.shape[:1] or levels.shape[1] % 2:
-            raise ConfigError(
-                f"digits: x_train of {path} has shape {levels.shape}: (n, even, even)"
-            )
+        checked(levels, digits, path)
     x, y = torch.from_numpy(levels.astype(np.uint8)), torch.from_numpy(digits.astype(np.int64))
     order = torch.randperm(len(x), generator=make_generator(0, stream="digits"))
     cut = [5 * len(x) // 9, 8 * len(x) // 9]
@@ -68,8 +98,9 @@ class Digits(Task):
     """The digits task.
 
     Args:
-        data_path: An ``.npz`` with ``x_train`` ``(n, H, W)`` and ``y_train`` to take instead, MNIST's say. The
-            task is then named after the file, and wants a reference and a judge of its own.
+        data_path: An ``.npz`` with ``x_train`` ``(n, H, W)``, levels from 0 to 255, and ``y_train`` to take
+            instead, MNIST's say. The task is then named after the file, ``digits+mnist``, and wants a reference
+            and a judge of its own.
         wrong: Share of the generator's labels that are another digit's, drawn anew each time.
         channels: Channels of the U-Net.
     """
@@ -93,7 +124,7 @@ class Digits(Task):
         if not 0 <= self.wrong <= 1:
             raise ConfigError(f"digits: wrong must lie in [0, 1], not {self.wrong!r}")
         if self.data_path is not None and self.name == "digits":
-            object.__setattr__(self, "name", Path(self.data_path).stem)
+            object.__setattr__(self, "name", own_name("digits", self.data_path))
 
     @property
     def event_shape(self) -> tuple[int, ...]:

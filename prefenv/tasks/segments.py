@@ -29,7 +29,7 @@ from torch import Tensor
 from prefenv.checkpoints import shipped
 from prefenv.errors import ConfigError
 from prefenv.networks import VelocityField, VelocityMLP
-from prefenv.tasks.base import Demo, Task, TrainConfig
+from prefenv.tasks.base import Demo, Task, TrainConfig, own_name
 from prefenv.tasks.conditions import Vector
 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -72,9 +72,9 @@ def read_behaviour(path: Path) -> dict[str, np.ndarray]:
     """
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {key: file[key] for key in KEYS}
-        except (OSError, KeyError, ValueError) as error:
+        except Exception as error:  # what a broken file raises is anybody's guess
             raise ConfigError(
                 f"segments: {path} is no .npz with {', '.join(KEYS)} ({error})"
             ) from None
@@ -165,7 +165,8 @@ class Segments(Task):
         env: Id of the control task.
         skill: ``random``, ``medium`` or ``expert``: whose behaviour, of those that come with the package.
         data_path: A file to take instead: ``.npz`` or ``.hdf5`` by D4RL's names, or Minari's ``main_data.hdf5``.
-            The task is then named after the file (Minari's: its folder's folder), and wants its own reference.
+            The task is then named after it, ``segments+hopper_medium-v2`` (Minari's after its folders,
+            ``segments+hopper-expert-v0``), and wants its own reference.
         horizon: Actions of a segment.
         width: Channels of the network.
     """
@@ -196,12 +197,12 @@ class Segments(Task):
             raise ConfigError(
                 f"segments: horizon and width are whole numbers from 1, not {self.horizon!r}, {self.width!r}"
             )
-        own = f"{self.env}-{self.skill}".lower()
-        if self.data_path is not None:
-            path = Path(self.data_path)
-            own = path.parents[1].name if path.name == "main_data.hdf5" else path.stem
-        if self.name == "segments" and own != "pendulum-v1-medium":
-            object.__setattr__(self, "name", f"segments-{own}")
+        if self.name == "segments":
+            own = f"{self.env}-{self.skill}".lower()
+            name = "segments" if own == "pendulum-v1-medium" else f"segments-{own}"
+            if self.data_path is not None:
+                name = own_name("segments", self.data_path)
+            object.__setattr__(self, "name", name)
         object.__setattr__(self, "condition", Vector(spaces(self.env)[0].shape[0]))
         if not len(self.begin):
             raise ConfigError(f"segments: no episode is {self.horizon} steps long")
