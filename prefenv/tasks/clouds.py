@@ -35,7 +35,7 @@ from prefenv.set_networks import HilDDVelocity, Rescaled, RescaledFlow, SetVeloc
 from prefenv.tasks.base import Demo, Task, TrainConfig
 
 ROLL, S_CURVE = 0, 1
-SET = 64  # clouds of a set that is compared with another
+SET = 32  # clouds of a set that is compared with another
 # Half of the mean range of a noisy cloud's 800 numbers, and their mean middle, before it is scaled.
 _RANGE = {ROLL: (12.672, 1.500), S_CURVE: (2.189, 0.0)}
 
