@@ -175,6 +175,7 @@ TOPICS = {
     "Only pairs": "pairs",
     "A rare preference": "rare",
     "A continuous preference": "graded",
+    "Doubt": "noisy",
     "Two modes to keep": "modes",
 }
 
