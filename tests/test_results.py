@@ -14,6 +14,7 @@ from benchmarks import (
     clouds,
     few_answers,
     gaussians,
+    objectives,
     pages,
     report,
     segments,
@@ -125,6 +126,19 @@ def test_clouds_page_says_what_the_results_say():
     for name, steps in itertools.product(("hil-dd", "learned-reward"), (20, 100)):
         seeds = {r["seed"] for r in found if r["agent"] == name and r["steps"] == steps}
         assert seeds == set(range(5)), (name, steps)
+
+
+def test_page_of_objectives_says_what_the_results_say():
+    """And each objective moves its own measure its own way, with every seed."""
+    lines, found = (RESULTS / "objectives.md").read_text().splitlines(), rows("objectives.jsonl")
+    for line in objectives.table(found):
+        assert line in lines
+    (start,) = [r for r in found if r["agent"] is None]
+    for name, (_, measure, sign) in objectives.OBJECTIVES.items():
+        mine = [r for r in found if r["objective"] == name]
+        assert [r["seed"] for r in mine] == [0, 1, 2]
+        assert {r["agent"] for r in mine} == {objectives.AGENT}
+        assert all(sign * (r[measure] - start[measure]) > 0 for r in mine), name
 
 
 def test_page_of_other_tasks_says_what_the_results_say():
