@@ -30,7 +30,7 @@ from prefenv.checkpoints import (
     write_atomic,
 )
 from prefenv.device import make_generator
-from prefenv.errors import CheckpointError, ConfigError
+from prefenv.errors import CheckpointError, ConfigError, PrefenvError
 from prefenv.policy import FlowPolicy
 from prefenv.registry import make_task
 from prefenv.tasks import Task
@@ -182,4 +182,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except PrefenvError as error:
+        raise SystemExit(f"oracles.lenet: {error}") from None

@@ -100,7 +100,7 @@ class Digits(Task):
     Args:
         data_path: An ``.npz`` with ``x_train`` ``(n, H, W)``, levels from 0 to 255, and ``y_train`` to take
             instead, MNIST's say. The task is then named after the file, ``digits+mnist``, and wants a reference
-            and a judge of its own.
+            and a judge of its own. Larger pictures cost more: on a CPU, measure fewer, ``samples=512``.
         wrong: Share of the generator's labels that are another digit's, drawn anew each time.
         channels: Channels of the U-Net.
     """
