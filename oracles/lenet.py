@@ -82,8 +82,7 @@ def load(task: Task, kind: str, outputs: int, path: str | None = None) -> LeNet:
         raise ConfigError(f"this oracle looks at digits, not at {task.name!r}")
     file = shipped(f"{task.name}-{kind}") if path is None else Path(path)
     if not file.is_file():
-        name = "digits" if task.data_path is None else f"digits:data_path={task.data_path}"
-        raise CheckpointError(f"no {kind} at {file}; make it with: {command(Args(task=name))}")
+        raise CheckpointError(f"no {kind} at {file}; make it with: {command(Args(task=task.text))}")
     tensors, header = read_safetensors(file, FORMAT)
     if (header.get("task"), header.get("kind")) != (task.name, kind):
         raise CheckpointError(f"{file} is no {kind} of {task.name}")
